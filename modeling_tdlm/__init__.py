@@ -1,0 +1,33 @@
+"""tdlm: tree-structured diffusion language models for Hugging Face transformers (arXiv 2604.03537)."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_tdlm import TDLMConfig
+from .generation_tdlm import TDLMGenerateOutput, TDLMGenerationConfig
+from .modeling_tdlm import TDLMForDiffusionLM, TDLMModel, TDLMNelboOutput, TDLMOutput
+from .process_tdlm import HeightLaw, SequentialLaw
+from .vocab_tree_tdlm import VocabTree
+
+__version__ = "0.1.0"
+
+# Both are needed. Registered classes serve whoever has the package; `register_for_auto_class` makes save_pretrained
+# copy the code files beside the weights and name them in `auto_map`, for whoever has not.
+AutoConfig.register("tdlm", TDLMConfig, exist_ok=True)
+AutoModel.register(TDLMConfig, TDLMModel, exist_ok=True)
+AutoModelForCausalLM.register(TDLMConfig, TDLMForDiffusionLM, exist_ok=True)
+TDLMConfig.register_for_auto_class()
+TDLMModel.register_for_auto_class("AutoModel")
+TDLMForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "HeightLaw",
+    "SequentialLaw",
+    "TDLMConfig",
+    "TDLMForDiffusionLM",
+    "TDLMGenerateOutput",
+    "TDLMGenerationConfig",
+    "TDLMModel",
+    "TDLMNelboOutput",
+    "TDLMOutput",
+    "VocabTree",
+]

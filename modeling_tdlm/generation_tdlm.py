@@ -1,0 +1,327 @@
+"""Reverse sampling: every position starts at the root and descends, child by child, to a token.
+
+Shape legend: B sequences, L positions of the canvas, P of them prompt, T steps, H height of the root, K child slots.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput, logging
+
+logger = logging.get_logger(__name__)
+
+# Arguments of autoregressive generation that cannot mean anything here, with the values that ask for nothing.
+AUTOREGRESSIVE_ONLY: dict[str, tuple] = {
+    "num_beams": (None, 1),
+    "use_cache": (None, False),
+    "cache_implementation": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+}
+
+
+class TDLMGenerationConfig(GenerationConfig):
+    r"""
+    Parameters of [`TDLMGenerationMixin.generate`], beside the usual ones: `max_new_tokens`, `max_length`,
+    `num_return_sequences`, `return_dict_in_generate`, and `do_sample`, `temperature`, `top_k`, `top_p`, which act on
+    the distribution over children at every step.
+
+    Args:
+        num_denoising_steps (`int`, *optional*): steps in all, shared out evenly over the levels of the tree. Default:
+            one for each new token.
+        steps_per_level (`list[int]`, *optional*): steps for each level, from the root down, in place of the above.
+        output_trajectory (`bool`, *optional*): also return the canvas after every step.
+    """
+
+    def __init__(self, **kwargs):
+        self.num_denoising_steps: int | None = kwargs.pop("num_denoising_steps", None)
+        self.steps_per_level: list[int] | None = kwargs.pop("steps_per_level", None)
+        self.output_trajectory: bool | None = kwargs.pop("output_trajectory", None)
+        kwargs.setdefault("do_sample", True)
+        super().__init__(**kwargs)
+
+    def validate(self, *args, **kwargs):
+        super().validate(*args, **kwargs)
+        if self.num_denoising_steps is not None and self.steps_per_level is not None:
+            raise ValueError(
+                f"pass num_denoising_steps={self.num_denoising_steps} or steps_per_level={self.steps_per_level}, "
+                "not both."
+            )
+        for name, no_ops in AUTOREGRESSIVE_ONLY.items():
+            if getattr(self, name, None) not in no_ops:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} belongs to autoregressive generation; a diffusion model has "
+                    "nothing to apply it to. Leave it out."
+                )
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "TDLMGenerationConfig":
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        return cls(**{name: getattr(model_config, name, None) for name in names})
+
+
+@dataclass
+class TDLMGenerateOutput(ModelOutput):
+    """
+    Output of [`TDLMGenerationMixin.generate`].
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, length)`): prompt and generated token ids.
+        num_forwards (`int`): forward passes used.
+        trajectory (`torch.LongTensor` of shape `(steps + 1, batch, length)`): node ids before each step and at the end.
+        timesteps (`torch.FloatTensor` of shape `(steps + 1,)`): the time of each canvas of `trajectory`.
+    """
+
+    sequences: torch.LongTensor | None = None
+    num_forwards: int | None = None
+    trajectory: torch.LongTensor | None = None
+    timesteps: torch.FloatTensor | None = None
+
+
+class TDLMGenerationMixin:
+    """`generate()` for models with a `tree`, a `law` of heights and `child_log_probs`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: TDLMGenerationConfig | None = None,
+        generator: torch.Generator | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | TDLMGenerateOutput:
+        """Generate token ids by reverse diffusion, level by level from the root (Eq. 3).
+
+        Args:
+            input_ids: (B, P) prompts, kept as clean context; `None` generates without a prompt.
+            attention_mask: (B, P), 0 at padding, on either side.
+            generation_config: parameters; `kwargs` override them.
+            generator: source of randomness, on the model's device or the CPU.
+            streamer: receives the (B, L) canvas of node ids after every step.
+
+        Returns:
+            (B * num_return_sequences, P + new) token ids, or a [`TDLMGenerateOutput`] with `return_dict_in_generate`.
+        """
+        config = self._prepare_generation_config(generation_config, kwargs)
+        input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, config)
+        num_new = self._num_new_tokens(input_ids.shape[1], config)
+        canvas = torch.nn.functional.pad(input_ids, (0, num_new), value=self.tree.root_id)
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
+        context = {
+            # None keeps the fast attention paths; positions count what is seen, so padding shifts nothing.
+            "attention_mask": None if bool(attention_mask.all()) else attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        }
+        times = self._sampling_times(num_new, config)
+        canvas, trajectory = self._denoise(canvas, times, context, config, generator, streamer)
+        if not config.return_dict_in_generate:
+            return canvas
+        return TDLMGenerateOutput(
+            sequences=canvas,
+            num_forwards=len(times) - 1,
+            trajectory=torch.stack(trajectory) if trajectory else None,
+            timesteps=torch.tensor(times) if trajectory else None,
+        )
+
+    # ---- the reverse process ----
+
+    def _denoise(
+        self,
+        canvas: torch.Tensor,
+        times: list[float],
+        context: dict[str, Any],
+        config: TDLMGenerationConfig,
+        generator: torch.Generator | None,
+        streamer: BaseStreamer | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, L) canvas with absorbed positions -> (B, L) token ids, and the canvases on the way if asked for."""
+        steps = list(zip(times[:-1], times[1:], strict=True))
+        posteriors = [self.law.posterior(s, t) for t, s in steps]
+        # All step laws go to the device at once: a copy inside the loop would wait for it.
+        posteriors_T = torch.stack(posteriors).to(canvas.device)
+        times_T = torch.tensor(times, dtype=torch.float64).to(canvas.device)
+        levels = [self._active_levels(posterior, t) for posterior, (t, _) in zip(posteriors, steps, strict=True)]
+        warpers = _warpers(config)
+        heights = self.tree.node_height(canvas)
+        trajectory = [canvas] if config.output_trajectory else []
+        for step in range(len(steps)):
+            u = _uniforms(canvas.shape, generator, canvas.device)
+            target = self.law.sample_posterior(heights, posteriors_T[step], u)
+            for _ in range(self.law.jumps_per_step):
+                jumps = target < heights
+                timesteps = times_T[step].expand(canvas.shape[0])
+                canvas, heights = self._jump(
+                    canvas, heights, jumps, levels[step], timesteps, context, warpers, config.do_sample, generator
+                )
+            if config.output_trajectory:
+                trajectory.append(canvas)
+            if streamer is not None:
+                streamer.put(canvas)
+        if streamer is not None:
+            streamer.end()
+        assert int(heights.max()) == 0, "a position is left above a leaf"
+        return canvas, trajectory
+
+    def _jump(
+        self,
+        canvas: torch.Tensor,
+        heights: torch.Tensor,
+        jumps: torch.Tensor,
+        levels: list[int],
+        timesteps: torch.Tensor,
+        context: dict[str, Any],
+        warpers: LogitsProcessorList,
+        do_sample: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward pass, then one jump of every position in `jumps`: child after child from one hidden state.
+
+        No data-dependent shapes: positions that do not jump are scored too and left alone.
+        """
+        hidden_BLD = self.model(canvas, timesteps, **context).last_hidden_state
+        waits_for = self.law.levels_of_jump().to(canvas.device)[heights]  # (B, L, H)
+        for level in levels:
+            moves = jumps & waits_for[..., level]
+            log_probs = self.child_log_probs(hidden_BLD, canvas.masked_fill(~moves, self.tree.root_id))
+            slots = _draw_child(warpers(canvas, log_probs.flatten(0, 1)), do_sample, generator).view_as(canvas)
+            parents = canvas.masked_fill(~moves, self.tree.root_id)
+            canvas = torch.where(moves, self.tree.child(parents, slots), canvas)
+            heights = torch.where(moves, level, heights)
+        return canvas, heights
+
+    def _active_levels(self, posterior: torch.Tensor, t: float) -> list[int]:
+        """Levels that a step can draw children for, from the top: those below a height it may leave."""
+        m_t = self.law.height_probabilities(torch.tensor(t, dtype=torch.float64))
+        active = set()
+        for lower, upper in self.law.jumps:
+            if m_t[upper] > 0 and posterior[upper, :upper].sum() > 0:
+                active.update(range(lower, upper))
+        return sorted(active, reverse=True)
+
+    # ---- preparing ----
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, overrides: dict[str, Any]
+    ) -> TDLMGenerationConfig:
+        base = self.generation_config if generation_config is None else generation_config
+        settings = base.to_dict()
+        unknown = sorted(set(overrides) - set(settings) - set(TDLMGenerationConfig().to_dict()))
+        if unknown:
+            raise ValueError(f"generate() got arguments it does not know: {unknown}.")
+        if overrides.get("num_denoising_steps") is not None:
+            settings["steps_per_level"] = None
+        if overrides.get("steps_per_level") is not None and "num_denoising_steps" not in overrides:
+            settings["num_denoising_steps"] = None
+        if overrides.get("max_new_tokens") is not None and "max_length" not in overrides:
+            settings["max_length"] = None
+        if overrides.get("max_length") is not None and "max_new_tokens" not in overrides:
+            settings["max_new_tokens"] = None
+        return TDLMGenerationConfig.from_dict({**settings, **overrides})
+
+    def _prepare_prompt(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config: TDLMGenerationConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (B * num_return_sequences, P) token ids and mask on the model's device; P = 0 without a prompt."""
+        if input_ids is None:
+            input_ids, attention_mask = torch.zeros(1, 0, dtype=torch.int64), None
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; prompts must be (batch, length).")
+        if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= self.tree.vocab_size):
+            raise ValueError(
+                f"prompt ids {int(input_ids.min())}..{int(input_ids.max())} are outside the vocabulary, "
+                f"0..{self.tree.vocab_size - 1}. Prompts are token ids, not node ids."
+            )
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
+            )
+        copies = config.num_return_sequences or 1
+        return (
+            input_ids.to(self.device, torch.int64).repeat_interleave(copies, dim=0),
+            attention_mask.to(self.device, torch.int64).repeat_interleave(copies, dim=0),
+        )
+
+    def _num_new_tokens(self, prompt_length: int, config: TDLMGenerationConfig) -> int:
+        context_length = self.config.max_position_embeddings
+        if config.max_new_tokens is not None:
+            num_new = config.max_new_tokens
+        else:
+            num_new = (config.max_length or context_length) - prompt_length
+        if num_new < 1 or prompt_length + num_new > context_length:
+            raise ValueError(
+                f"a prompt of {prompt_length} tokens and {num_new} new ones must fit in the context of "
+                f"{context_length} with at least one new token. Shorten the prompt or set max_new_tokens."
+            )
+        return num_new
+
+    def _sampling_times(self, num_new: int, config: TDLMGenerationConfig) -> list[float]:
+        steps_per_level = config.steps_per_level
+        if steps_per_level is None:
+            steps_per_level = self.law.split_steps(config.num_denoising_steps or max(num_new, self.law.height))
+        return self.law.sampling_times(steps_per_level)
+
+    # ---- loading: called by from_pretrained to set `self.generation_config` ----
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
+    ):
+        """Load `generation_config.json` as a [`TDLMGenerationConfig`]; the base class would drop our fields' checks."""
+        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        loading = {**dict(zip(names, args, strict=False)), **kwargs}
+        loading.pop("trust_remote_code", None)
+        if generation_config is not None:
+            self.generation_config = TDLMGenerationConfig.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = TDLMGenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                    **loading,
+                )
+            except OSError:
+                logger.info("No generation_config.json found, using the default generation config.")
+
+
+def _warpers(config: TDLMGenerationConfig) -> LogitsProcessorList:
+    """transformers' own temperature, top-k and top-p, over the children of a node."""
+    warpers = LogitsProcessorList()
+    if config.temperature is not None and config.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k is not None and config.top_k > 0:
+        warpers.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers
+
+
+def _draw_child(scores_RK: torch.Tensor, do_sample: bool | None, generator: torch.Generator | None) -> torch.Tensor:
+    """(R, K) scores -> (R,) slots. float64 inversion: a float32 Gumbel-argmax would cut the tails off."""
+    if do_sample is False:
+        return scores_RK.argmax(-1)
+    cumulative = scores_RK.to(torch.float64).softmax(-1).cumsum(-1)
+    u = _uniforms(scores_RK.shape[:1], generator, scores_RK.device)
+    # A slot of probability 0 is never drawn: its cumulative sum equals its predecessor's.
+    return (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
+
+
+def _uniforms(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    where = generator.device if generator is not None else device
+    return torch.rand(shape, generator=generator, device=where, dtype=torch.float64).to(device)
+
+
+__all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin"]
