@@ -3,6 +3,7 @@
 Shape legend: B sequences, L positions of the canvas, P of them prompt, T steps, H height of the root, K child slots.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +149,7 @@ class TDLMGenerationMixin:
         streamer: BaseStreamer | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(B, L) canvas with absorbed positions -> (B, L) token ids, and the canvases on the way if asked for."""
-        steps = list(zip(times[:-1], times[1:], strict=True))
+        steps = list(itertools.pairwise(times))
         posteriors = [self.law.posterior(s, t) for t, s in steps]
         # All step laws go to the device at once: a copy inside the loop would wait for it.
         posteriors_T = torch.stack(posteriors).to(canvas.device)

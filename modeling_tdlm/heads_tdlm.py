@@ -78,7 +78,7 @@ class TiedHead(ChildHead):
 def gathered_child_scores(
     hidden_RD: torch.Tensor, rows_R: torch.Tensor, children_IK: torch.Tensor, embedding_ND: torch.Tensor
 ) -> torch.Tensor:
-    """-> (R, K) `E[child] . h` from each row's own copy of its children. For few rows, or many parents as when K = 2."""
+    """-> (R, K) `E[child] . h` from each row's own copy of its children: for few rows, or many parents (K = 2)."""
     children_RKD = F.embedding(children_IK[rows_R], embedding_ND)
     dtype = _compute_dtype(hidden_RD)
     return torch.einsum("rd,rkd->rk", hidden_RD.to(dtype), children_RKD.to(dtype))

@@ -197,7 +197,7 @@ class TDLMMLP(nn.Module):
 
 
 class TDLMBlock(GradientCheckpointingLayer):
-    """One DiT block. The condition shifts, scales and gates both branches; zero-initialised, so it starts as identity."""
+    """One DiT block: the condition shifts, scales and gates both branches. It starts as the identity."""
 
     def __init__(self, config: TDLMConfig, layer_idx: int):
         super().__init__()
@@ -454,10 +454,11 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         scored = labels != IGNORE_INDEX
         floor, clip = (TRAINING_FLOOR, self.config.loss_weight_clip) if self.training else (0.0, None)
         weights = self.law.position_weights(timesteps, heights, floor)
-        weights = (weights if clip is None else weights.clamp(max=clip)).to(torch.float32)
+        weights = weights if clip is None else weights.clamp(max=clip)
         is_scored_HBL = self.law.levels_of_jump().to(z_t.device)[heights].movedim(-1, 0) & scored
         level_R, position_R, nll_R = self._path_nll(hidden_BLD, labels, is_scored_HBL)
-        losses = nll_R.new_zeros(self.tree.height).index_add(0, level_R, nll_R * weights.flatten()[position_R])
+        weights_R = weights.flatten()[position_R].to(nll_R.dtype)
+        losses = nll_R.new_zeros(self.tree.height).index_add(0, level_R, nll_R * weights_R)
         return losses / (scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def _path_nll(

@@ -8,6 +8,7 @@ Times are float64: 1/(1 - alpha_t) near a threshold is beyond float32 and bf16.
 Shape legend: B sequences, L positions, H height of the root, J kinds of jump (H where levels are climbed one by one).
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -142,7 +143,7 @@ class HeightLaw(ABC):
 
 
 class SequentialLaw(HeightLaw):
-    """The paper's law: one level at a time. Between thresholds t_l and t_{l+1} heights are l or l+1 only (Lemma 3.1)."""
+    """The paper's law, one level at a time: from t_l to t_{l+1} heights are l or l+1 only (Lemma 3.1)."""
 
     def __init__(self, height: int, schedule: str = "linear", thresholds: Sequence[float] | None = None):
         super().__init__(height)
@@ -236,7 +237,7 @@ LAWS: dict[str, type[SequentialLaw]] = {"sequential": SequentialLaw}
 
 def validate_thresholds(thresholds: Sequence[float], height: int) -> None:
     """Raise `ValueError` unless 0 = t_0 < ... < t_H = 1."""
-    increasing = all(lower < upper for lower, upper in zip(thresholds, thresholds[1:], strict=False))
+    increasing = all(lower < upper for lower, upper in itertools.pairwise(thresholds))
     if len(thresholds) != height + 1 or thresholds[0] != 0 or thresholds[-1] != 1 or not increasing:
         raise ValueError(
             f"thresholds={list(thresholds)} must be {height + 1} increasing times from 0 to 1, one more than the "

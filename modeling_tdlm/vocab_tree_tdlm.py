@@ -152,7 +152,7 @@ class VocabTree(nn.Module):
 
     @classmethod
     def from_parents(cls, parents: Sequence[torch.Tensor], branching_factor: int) -> "VocabTree":
-        """Build from `parents[h]`, (n_h,) index within height h+1 of each node at height h. Siblings keep their order."""
+        """Build from `parents[h]`: (n_h,) index within height h+1 of each node at height h. Siblings keep order."""
         sizes = [len(parent) for parent in parents] + [1]
         tree = cls(sizes, branching_factor)
         tree._fill(parents)
@@ -184,9 +184,7 @@ class VocabTree(nn.Module):
         """
         paths = torch.as_tensor(paths)
         if paths.ndim != 2 or 0 in paths.shape or paths.is_floating_point():
-            raise ValueError(
-                f"paths must be a non-empty (vocab_size, height) integer array, got {tuple(paths.shape)}."
-            )
+            raise ValueError(f"paths must be a non-empty (vocab_size, height) integer array, got {tuple(paths.shape)}.")
         if paths.min() < 0 or paths.max() >= branching_factor:
             raise ValueError(
                 f"paths hold child slots {int(paths.min())}..{int(paths.max())}, outside "
