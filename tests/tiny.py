@@ -9,11 +9,11 @@ from tdlm.heads_tdlm import ChildHead
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-# height 3                root (17)
+# height 3                root (16)
 #               ____________|___________
-# height 2     14          15          16
+# height 2     13          14          15
 #           ___|___         |       ___|___
-# height 1  8     9        10      11     12 (13: none)
+# height 1  8     9        10      11     12
 #          / \    |        |      / | \    |
 # height 0 0 1    2        3      4 5 6    7
 EIGHT_LEAVES = [[[0, 1], [2]], [[3]], [[4, 5, 6], [7]]]
