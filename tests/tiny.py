@@ -1,7 +1,6 @@
 """Shared by the tests: a small unbalanced tree, a tiny source over it, and the Bayes-optimal denoiser of that source."""
 
 import itertools
-from types import SimpleNamespace
 
 import torch
 from tdlm import TDLMConfig, TDLMForDiffusionLM, VocabTree
@@ -78,7 +77,7 @@ class BayesBackbone(nn.Module):
         for position in range(NUM_POSITIONS):
             table[:, :, position].index_add_(2, x[:, position], weights)
         self.table = table / weights.sum(-1)[..., None, None]
-        self.embed_nodes = SimpleNamespace(weight=torch.zeros(1))
+        self.embed_nodes = nn.Embedding(1, 1)  # unused; a model without parameters has no device
 
     def forward(self, input_ids, timesteps=None, **kwargs):
         return BaseModelOutput(last_hidden_state=self.table[input_ids[:, 0], input_ids[:, 1]])

@@ -1,0 +1,170 @@
+"""The sampler: its law, its prompts, its parameters."""
+
+import pytest
+import torch
+from scipy import stats
+from tdlm import TDLMGenerationConfig, VocabTree
+from tiny import SIX_LEAVES, Source, bayes_model, tiny_model
+from transformers import GenerationConfig
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Steps enough that two positions all but never jump in one step: the reverse process of one position a step, exact.
+@pytest.mark.parametrize(
+    "fields", [{"schedule": "linear"}, {"schedule": "cosine"}], ids=lambda fields: fields["schedule"]
+)
+def test_samples_of_the_bayes_denoiser_have_the_law_of_the_source(fields):
+    source = Source(VocabTree.from_nested(SIX_LEAVES))
+    model = bayes_model(source, **fields)
+    draws = model.generate(
+        max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3 * 400, generator=seeded()
+    )
+    assert _chi_square_p(source, draws) > 0.01
+
+
+def test_few_steps_do_not_have_the_law_of_the_source():
+    """The same statistic sees the independence error of one step a level: the test above can fail."""
+    source = Source(VocabTree.from_nested(SIX_LEAVES))
+    draws = bayes_model(source).generate(
+        max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3, generator=seeded()
+    )
+    assert _chi_square_p(source, draws) < 1e-6
+
+
+def _chi_square_p(source: Source, draws: torch.Tensor) -> float:
+    outcome = draws[:, 0] * source.tree.vocab_size + draws[:, 1]
+    observed = torch.bincount(outcome, minlength=len(source.p)).double()
+    expected = source.p * len(draws)
+    rare = expected < 5  # pooled, as the statistic needs
+    pool = [torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)]) for counts in (observed, expected)]
+    keep = pool[1] > 0
+    return float(stats.chisquare(pool[0][keep].numpy(), pool[1][keep].numpy()).pvalue)
+
+
+def test_a_prompt_conditions_the_rest():
+    """Given the first token, the second has the source's conditional distribution."""
+    source = Source(VocabTree.from_nested(SIX_LEAVES))
+    prompt = torch.full((20_000, 1), 3)
+    draws = bayes_model(source).generate(prompt, max_new_tokens=1, num_denoising_steps=3, generator=seeded())
+    assert (draws[:, 0] == 3).all()
+    conditional = source.p.view(6, 6)[3] / source.p.view(6, 6)[3].sum()
+    observed = torch.bincount(draws[:, 1], minlength=6)
+    assert stats.chisquare(observed.numpy(), (conditional * len(draws)).numpy()).pvalue > 0.01
+
+
+def test_only_tokens_are_left_and_the_seed_decides():
+    model = tiny_model(VocabTree.random(50, 4, seed=0))
+    draws = [model.generate(max_new_tokens=9, num_return_sequences=6, generator=seeded(s)) for s in (0, 0, 1)]
+    assert draws[0].shape == (6, 9) and int(draws[0].max()) < 50 and int(draws[0].min()) >= 0
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("head_type", ["shared", "tied"])
+@pytest.mark.parametrize("steps", [{"steps_per_level": [1, 5, 2]}, {"num_denoising_steps": 7}, {}])
+def test_every_position_becomes_a_token_whatever_the_steps(eight_leaf_tree, head_type, steps):
+    model = tiny_model(eight_leaf_tree, head_type=head_type, time_conditioning=True)
+    output = model.generate(
+        max_new_tokens=8, generator=seeded(), return_dict_in_generate=True, output_trajectory=True, **steps
+    )
+    heights = eight_leaf_tree.node_height(output.trajectory)
+    assert output.num_forwards == {"steps_per_level": 8, "num_denoising_steps": 7}.get(next(iter(steps), ""), 8)
+    assert output.trajectory.shape == (output.num_forwards + 1, 1, 8)
+    assert heights[0].min() == 3 and heights[-1].max() == 0
+    assert (heights.diff(dim=0) <= 0).all()
+    assert torch.equal(output.trajectory[-1], output.sequences)
+
+
+def test_left_and_right_padding_give_the_same_continuation():
+    model = tiny_model(VocabTree.random(50, 4, seed=0))
+    prompt, options = torch.tensor([[7, 8, 9]]), {"max_new_tokens": 5, "do_sample": False, "num_denoising_steps": 6}
+    # do_sample=False picks the best child; which positions jump still follows the generator.
+    plain = model.generate(prompt, generator=seeded(), **options)
+    left = torch.tensor([[0, 0, 7, 8, 9]])
+    padded = _generate_padded(model, left, torch.tensor([[0, 0, 1, 1, 1]]), options)
+    assert _jumps_at_once(model, prompt, options).tolist() == padded[:, 5:].tolist()
+    right = _generate_padded(model, torch.tensor([[7, 8, 9, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]]), options)
+    assert right[:, 5:].tolist() == padded[:, 5:].tolist()
+    assert plain.shape == (1, 8)
+
+
+def _generate_padded(model, prompt, mask, options):
+    return model.generate(prompt, attention_mask=mask, **{**options, "num_denoising_steps": 3})
+
+
+def _jumps_at_once(model, prompt, options):
+    """One step a level: all positions jump together, so that no random number decides anything."""
+    return model.generate(prompt, **{**options, "num_denoising_steps": 3})[:, prompt.shape[1] :]
+
+
+def test_prompts_and_padding_are_never_changed():
+    model = tiny_model(VocabTree.random(50, 4, seed=0))
+    prompts = torch.tensor([[0, 7, 8], [4, 5, 6]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    output = model.generate(prompts, attention_mask=mask, num_return_sequences=2, generator=seeded())
+    assert output.shape == (4, 16)
+    assert torch.equal(output[:, :3], prompts.repeat_interleave(2, dim=0))
+
+
+def test_top_k_1_is_greedy_and_temperature_sharpens():
+    model = tiny_model(VocabTree.random(50, 8, seed=0), head_type="tied")
+    options = {"max_new_tokens": 12, "num_denoising_steps": 2}
+    greedy = model.generate(do_sample=False, generator=seeded(0), **options)
+    for sharp in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}):
+        assert torch.equal(model.generate(generator=seeded(1), **options, **sharp), greedy)
+    assert not torch.equal(model.generate(generator=seeded(1), **options), greedy)
+
+
+def test_a_streamer_sees_every_canvas_and_the_end(eight_leaf_tree):
+    class Recorder:
+        def __init__(self):
+            self.canvases, self.ended = [], False
+
+        def put(self, value):
+            self.canvases.append(value)
+
+        def end(self):
+            self.ended = True
+
+    recorder, model = Recorder(), tiny_model(eight_leaf_tree)
+    output = model.generate(max_new_tokens=4, num_denoising_steps=6, streamer=recorder, generator=seeded())
+    assert len(recorder.canvases) == 6 and recorder.ended
+    assert torch.equal(recorder.canvases[-1], output)
+
+
+def test_the_generation_config_is_saved_and_found_again(eight_leaf_tree, tmp_path):
+    model = tiny_model(eight_leaf_tree)
+    model.generation_config.num_denoising_steps = 12
+    model.generation_config.temperature = 0.7
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert isinstance(loaded.generation_config, TDLMGenerationConfig)
+    assert loaded.generation_config.num_denoising_steps == 12 and loaded.generation_config.temperature == 0.7
+    output = loaded.generate(max_new_tokens=3, return_dict_in_generate=True)
+    assert output.num_forwards == 12
+    # Named steps win over the saved number, and a plain GenerationConfig is accepted.
+    assert loaded.generate(max_new_tokens=3, steps_per_level=[1, 1, 2], return_dict_in_generate=True).num_forwards == 4
+    assert loaded.generate(generation_config=GenerationConfig(max_new_tokens=3)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=4 belongs to autoregressive generation"),
+        ({"use_cache": True}, "use_cache=True belongs to autoregressive"),
+        ({"num_steps": 4}, r"does not know: \['num_steps'\]"),
+        ({"num_denoising_steps": 4, "steps_per_level": [1, 1, 1]}, "not both"),
+        ({"num_denoising_steps": 2}, "fewer than the tree's 3 levels"),
+        ({"steps_per_level": [4, 4]}, "each of the tree's 3 levels"),
+        ({"max_new_tokens": 99}, "must fit in the context of 16"),
+        ({"input_ids": torch.tensor([[1, 9]])}, "prompt ids 1..9 are outside the vocabulary, 0..7"),
+        ({"input_ids": torch.tensor([1])}, r"input_ids has shape \(1,\)"),
+        ({"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(1, 2)}, r"attention_mask has shape \(1, 2\)"),
+        ({"input_ids": torch.zeros(1, 16, dtype=torch.int64)}, "a prompt of 16 tokens and 0 new ones"),
+    ],
+)
+def test_bad_arguments_are_named(eight_leaf_tree, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(eight_leaf_tree).generate(**arguments)
