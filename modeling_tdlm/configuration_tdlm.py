@@ -90,12 +90,18 @@ class TDLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def tree_shape(self) -> tuple[list[int], int]:
+        """Nodes at each height, leaves first, and the branching factor."""
+        assert self.nodes_per_height is not None, "set in __post_init__"
+        return self.nodes_per_height, self.branching_factor
+
+    @property
     def num_nodes(self) -> int:
-        return sum(self.nodes_per_height)  # pyright: ignore[reportArgumentType]  # set in __post_init__
+        return sum(self.tree_shape[0])
 
     @property
     def height(self) -> int:
-        return len(self.nodes_per_height) - 1  # pyright: ignore[reportArgumentType]
+        return len(self.tree_shape[0]) - 1
 
     @property
     def head_dim(self) -> int:
@@ -130,8 +136,8 @@ class TDLMConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads="
                 f"{self.num_attention_heads}: rotary positions need an even head size."
             )
-        validate_shape(self.nodes_per_height, self.branching_factor)  # pyright: ignore[reportArgumentType]
-        if self.nodes_per_height[0] != self.vocab_size:  # pyright: ignore[reportOptionalSubscript]
+        validate_shape(*self.tree_shape)
+        if self.tree_shape[0][0] != self.vocab_size:
             raise ValueError(
                 f"nodes_per_height={self.nodes_per_height} begins with the number of leaves, which must be "
                 f"vocab_size={self.vocab_size}."

@@ -4,6 +4,7 @@ Shape legend: B sequences, L positions of the canvas, P of them prompt, T steps,
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
+
+from .configuration_tdlm import TDLMConfig
+from .process_tdlm import HeightLaw
+from .vocab_tree_tdlm import VocabTree
 
 logger = logging.get_logger(__name__)
 
@@ -85,25 +90,33 @@ class TDLMGenerateOutput(ModelOutput):
         timesteps (`torch.FloatTensor` of shape `(steps + 1,)`): the time of each canvas of `trajectory`.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     num_forwards: int | None = None
-    trajectory: torch.LongTensor | None = None
-    timesteps: torch.FloatTensor | None = None
+    trajectory: torch.Tensor | None = None
+    timesteps: torch.Tensor | None = None
 
 
 class TDLMGenerationMixin:
-    """`generate()` for models with a `tree`, a `law` of heights and `child_log_probs`."""
+    """`generate()` for models with a backbone `model`, a `tree`, a `law` of heights and `child_log_probs`."""
+
+    config: TDLMConfig
+    device: torch.device
+    model: Any
+    tree: VocabTree
+    law: HeightLaw
+    child_log_probs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    generation_config: Any
 
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: TDLMGenerationConfig | None = None,
         generator: torch.Generator | None = None,
         streamer: BaseStreamer | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor | TDLMGenerateOutput:
+    ) -> torch.Tensor | TDLMGenerateOutput:
         """Generate token ids by reverse diffusion, level by level from the root (Eq. 3).
 
         Args:
@@ -206,7 +219,7 @@ class TDLMGenerationMixin:
     def _active_levels(self, posterior: torch.Tensor, t: float) -> list[int]:
         """Levels that a step can draw children for, from the top: those below a height it may leave."""
         m_t = self.law.height_probabilities(torch.tensor(t, dtype=torch.float64))
-        active = set()
+        active: set[int] = set()
         for lower, upper in self.law.jumps:
             if m_t[upper] > 0 and posterior[upper, :upper].sum() > 0:
                 active.update(range(lower, upper))

@@ -54,13 +54,13 @@ class TDLMOutput(ModelOutput):
         num_tokens (`torch.LongTensor` of shape `(batch,)`): evaluation only, scored tokens in each sequence.
     """
 
-    loss: torch.FloatTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-    level_losses: torch.FloatTensor | None = None
-    level_nelbo: torch.FloatTensor | None = None
-    num_tokens: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    level_losses: torch.Tensor | None = None
+    level_nelbo: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -75,10 +75,10 @@ class TDLMNelboOutput(ModelOutput):
         num_tokens (`torch.LongTensor` of shape `(batch,)`): scored tokens.
     """
 
-    nelbo: torch.FloatTensor | None = None
-    standard_error: torch.FloatTensor | None = None
-    level_nelbo: torch.FloatTensor | None = None
-    num_tokens: torch.LongTensor | None = None
+    nelbo: torch.Tensor | None = None
+    standard_error: torch.Tensor | None = None
+    level_nelbo: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
 
 
 # ---- backbone ----
@@ -189,8 +189,9 @@ class TDLMAttention(nn.Module):
 class TDLMMLP(nn.Module):
     def __init__(self, config: TDLMConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)  # pyright: ignore[reportArgumentType]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)  # pyright: ignore[reportArgumentType]
+        assert config.intermediate_size is not None, "set in __post_init__"
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
@@ -284,17 +285,17 @@ class TDLMModel(TDLMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_nodes
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Embedding):
         self.embed_nodes = value
 
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         r"""
@@ -345,13 +346,13 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         super().__init__(config)
         self.model = TDLMModel(config)
         self.head = HEADS[config.head_type](config)
-        shape = (config.nodes_per_height, config.branching_factor)
+        shape = config.tree_shape
         if tree is not None and (tree.nodes_per_height, tree.branching_factor) != shape:
             raise ValueError(
                 f"the tree has nodes_per_height={tree.nodes_per_height} and branching_factor={tree.branching_factor}, "
                 f"the config {shape[0]} and {shape[1]}. Make the config with `TDLMConfig.for_tree(tree)`."
             )
-        self.tree = VocabTree(*shape)  # pyright: ignore[reportArgumentType]
+        self.tree = VocabTree(*shape)
         self.law: HeightLaw = LAWS[config.law](config.height, config.schedule, config.thresholds)
         self.post_init()
         if tree is not None:
@@ -377,12 +378,12 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
         **kwargs,

@@ -218,7 +218,9 @@ class VocabTree(nn.Module):
         `[[0, 1], {"digits": [2, 3], "dot": 4}]` is a tree over 5 tokens. Tokens given as strings need `tokenizer`.
         `branching_factor` defaults to the widest node.
         """
-        paths, widest, stack = {}, 1, [(nested, ())]
+        paths: dict[int, tuple[int, ...]] = {}
+        stack: list[tuple[Any, tuple[int, ...]]] = [(nested, ())]
+        widest = 1
         while stack:
             node, path = stack.pop()
             node = list(node.values()) if isinstance(node, Mapping) else node
@@ -377,8 +379,8 @@ class VocabTree(nn.Module):
         ancestors, child_slots = [torch.arange(self.vocab_size)], []
         child_ids = torch.full((self.num_nodes - self.vocab_size, self.branching_factor), -1)
         for level, parent in enumerate(parents):
-            use_leaf_slots = level == 0 and leaf_slots is not None
-            slot = leaf_slots.to(torch.int64) if use_leaf_slots else _rank_among_siblings(parent)
+            given = leaf_slots if level == 0 else None
+            slot = _rank_among_siblings(parent) if given is None else given.to(torch.int64)
             if slot.max() >= self.branching_factor:
                 raise ValueError(
                     f"a node at height {level + 1} has {int(slot.max()) + 1} children, more than "

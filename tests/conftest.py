@@ -1,6 +1,7 @@
 import pytest
-from tdlm import VocabTree
 from tiny import EIGHT_LEAVES, SIX_LEAVES
+
+from tdlm import VocabTree
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tdlm import VocabTree
 from tiny import NUM_POSITIONS, SIX_LEAVES, Source, bayes_model
+
+from tdlm import VocabTree
 
 TREES = {
     "unbalanced": lambda: VocabTree.from_nested(SIX_LEAVES),

@@ -25,7 +25,7 @@ def test_a_model_gives_its_input_embeddings_in_float32(tmp_path):
 def test_a_model_without_token_embeddings_is_refused(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTModel(ViTConfig(image_size=4, patch_size=2, **sizes)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="ViTModel of .* has no input embedding matrix"):
+    with pytest.raises(ValueError, match=r"ViTModel of .* has no input embedding matrix"):
         model_embeddings(tmp_path)
 
 

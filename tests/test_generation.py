@@ -3,9 +3,10 @@
 import pytest
 import torch
 from scipy import stats
-from tdlm import TDLMGenerationConfig, VocabTree
 from tiny import SIX_LEAVES, Source, bayes_model, tiny_model
 from transformers import GenerationConfig
+
+from tdlm import TDLMGenerationConfig, VocabTree
 
 
 def seeded(seed: int = 0) -> torch.Generator:

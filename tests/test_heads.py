@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny import EIGHT_LEAVES, tiny_config
+
 from tdlm import VocabTree
 from tdlm.heads_tdlm import HEADS, gathered_child_scores, grouped_child_scores
-from tiny import EIGHT_LEAVES, tiny_config
 
 TREES = {
     "eight leaves": lambda: VocabTree.from_nested(EIGHT_LEAVES),
@@ -83,7 +84,9 @@ def test_grouped_and_gathered_scores_agree(tree_name, hidden_size):
     scores = [f(hidden, rows, children, embedding) for f in (gathered_child_scores, grouped_child_scores)]
     torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(scores[0])
-    for left, right in zip(*(torch.autograd.grad((s * weights).sum(), [hidden, embedding]) for s in scores), strict=True):
+    for left, right in zip(
+        *(torch.autograd.grad((s * weights).sum(), [hidden, embedding]) for s in scores), strict=True
+    ):
         torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-5)
 
 

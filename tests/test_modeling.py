@@ -3,9 +3,10 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tiny import tiny_config, tiny_model
+
 from tdlm import TDLMConfig, TDLMForDiffusionLM, TDLMModel, VocabTree
 from tdlm.configuration_tdlm import PRESETS
-from tiny import tiny_config, tiny_model
 
 IGNORE = -100
 
@@ -116,15 +117,12 @@ def test_padding_on_either_side_and_batching_leave_the_nelbo_alone(tree):
     plain = model(input_ids=z_t, timesteps=t, labels=x).loss.item()
     for left in (0, 3):
         pad = (left, 3 - left)
-        padded = (
-            model(
-                input_ids=torch.nn.functional.pad(z_t, pad, value=0),
-                timesteps=t,
-                labels=torch.nn.functional.pad(x, pad, value=IGNORE),
-                attention_mask=torch.nn.functional.pad(torch.ones_like(x), pad),
-            )
-            .loss.item()
-        )
+        padded = model(
+            input_ids=torch.nn.functional.pad(z_t, pad, value=0),
+            timesteps=t,
+            labels=torch.nn.functional.pad(x, pad, value=IGNORE),
+            attention_mask=torch.nn.functional.pad(torch.ones_like(x), pad),
+        ).loss.item()
         assert padded == pytest.approx(plain, abs=1e-5)
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from tdlm import SequentialLaw
 from tdlm.process_tdlm import SCHEDULES, low_discrepancy_times
 
@@ -127,7 +128,7 @@ def test_steps_meet_every_threshold_and_end_at_zero():
 def test_low_discrepancy_times_cover_the_unit_interval_evenly():
     t = low_discrepancy_times(torch.tensor(0.83), torch.arange(64), total=64).sort().values
     torch.testing.assert_close(t.diff(), torch.full((63,), 1 / 64, dtype=torch.float64))
-    assert 0 <= float(t[0]) and float(t[-1]) < 1
+    assert float(t[0]) >= 0 and float(t[-1]) < 1
 
 
 @pytest.mark.parametrize(

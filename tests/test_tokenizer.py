@@ -81,5 +81,5 @@ def test_training_is_deterministic(tmp_path):
 
 
 def test_a_vocabulary_must_hold_all_bytes():
-    with pytest.raises(ValueError, match=r"vocab_size=256 must be at least 257: 256 bytes and <|endoftext|>"):
+    with pytest.raises(ValueError, match=r"vocab_size=256 must be at least 257: 256 bytes and <\|endoftext\|>"):
         train_tokenizer(TEXTS, 256, progress=False)

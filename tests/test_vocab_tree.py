@@ -3,9 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import EIGHT_LEAVES
+
 from tdlm import VocabTree
 from tdlm.vocab_tree_tdlm import balanced_nodes_per_height, hash_vocabulary, validate_shape
-from tiny import EIGHT_LEAVES
 
 
 class FakeTokenizer:
@@ -130,9 +131,15 @@ def test_files_that_are_no_trees_are_refused(eight_leaf_tree, tmp_path):
     ("make", "message"),
     [
         (lambda: VocabTree.from_paths(torch.zeros(3, 2), 2), "integer array"),
-        (lambda: VocabTree.from_paths(torch.tensor([[0], [5]]), 4), r"child slots 0..5, outside 0..branching_factor-1=3"),
+        (
+            lambda: VocabTree.from_paths(torch.tensor([[0], [5]]), 4),
+            r"child slots 0..5, outside 0..branching_factor-1=3",
+        ),
         (lambda: VocabTree.from_paths(torch.tensor([[0], [2]]), 4), r"child slots \[0, 2\]"),
-        (lambda: VocabTree.from_paths(torch.tensor([[0, 1], [0, 0], [0, 1]]), 2), r"tokens 0 and 2 share the path \[0, 1\]"),
+        (
+            lambda: VocabTree.from_paths(torch.tensor([[0, 1], [0, 0], [0, 1]]), 2),
+            r"tokens 0 and 2 share the path \[0, 1\]",
+        ),
         (lambda: VocabTree.from_nested([[0, 1], [1]]), "token 1 is twice in the tree"),
         (lambda: VocabTree.from_nested([[0, 1], [3]]), r"at fault: \[2\]"),
         (lambda: VocabTree.from_nested([[0, -1]]), r"at fault: \[-1\]"),
@@ -142,7 +149,10 @@ def test_files_that_are_no_trees_are_refused(eight_leaf_tree, tmp_path):
         (lambda: VocabTree.from_nested([["x"]], tokenizer=FakeTokenizer(["a"])), "'x' is not in the tokenizer's"),
         (lambda: VocabTree.from_nested([["a"]], tokenizer=FakeTokenizer(["a", "b"])), r"at fault: \[1\]"),
         (lambda: VocabTree.from_parents([torch.tensor([0, 0, 0])], 2), "3 children in all"),
-        (lambda: VocabTree.from_parents([torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0])], 2), "3 children, more than"),
+        (
+            lambda: VocabTree.from_parents([torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0])], 2),
+            "3 children, more than",
+        ),
         (lambda: VocabTree.random(5, 1, 0), "vocab_size=5 tokens cannot hang on a tree with branching_factor=1"),
         (lambda: validate_shape([4], 2), "from the leaves up and end with 1"),
         (lambda: validate_shape([9, 2, 1], 4), "2 nodes at height 1 cannot have 9 children"),

@@ -1,12 +1,13 @@
-"""Shared by the tests: a small unbalanced tree, a tiny source over it, and the Bayes-optimal denoiser of that source."""
+"""For all tests: small trees, a tiny source over one, and the Bayes-optimal denoiser of that source."""
 
 import itertools
 
 import torch
-from tdlm import TDLMConfig, TDLMForDiffusionLM, VocabTree
-from tdlm.heads_tdlm import ChildHead
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
+
+from tdlm import TDLMConfig, TDLMForDiffusionLM, VocabTree
+from tdlm.heads_tdlm import ChildHead
 
 # height 3                root (16)
 #               ____________|___________

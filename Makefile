@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint install clean
+
+quickstart: install ## train a small model and its flat twin, generate, write runs/quickstart/report.html
+	$(BIN)/tdlm quickstart --output runs/quickstart
+
+test: lint ## everything that CI runs
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tdlm
+
+install: $(VENV)/.installed
+
+# Directories: a new file must be installed again (strict editable mode), an edited one is live.
+$(VENV)/.installed: pyproject.toml constraints.txt modeling_tdlm tokenization trainer
+	$(PYTHON) -c "import sys; sys.exit('tdlm needs Python 3.10 or newer, not ' + sys.version) if sys.version_info < (3, 10) else 0"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

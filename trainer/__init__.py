@@ -1,0 +1,17 @@
+"""Training and evaluating tree diffusion language models with the Hugging Face Trainer."""
+
+from tdlm.trainer.data import RandomCrops, TDLMDataCollator, evaluation_windows, load_text, stream_crops, tokenize
+from tdlm.trainer.trainer import TDLMTrainer, nelbo_metrics
+from tdlm.trainer.training_args import TDLMTrainingArguments
+
+__all__ = [
+    "RandomCrops",
+    "TDLMDataCollator",
+    "TDLMTrainer",
+    "TDLMTrainingArguments",
+    "evaluation_windows",
+    "load_text",
+    "nelbo_metrics",
+    "stream_crops",
+    "tokenize",
+]

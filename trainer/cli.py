@@ -1,0 +1,300 @@
+"""The `tdlm` command: tree, train, evaluate, generate, quickstart."""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.generation.streamers import BaseStreamer
+
+from tdlm.tokenization import format_statistics, tree_outline, tree_statistics
+from tdlm.tokenization.embeddings import file_embeddings
+from tdlm.trainer.data import evaluation_windows, load_text, tokenize
+from tdlm.trainer.quickstart import run_quickstart
+from tdlm.trainer.run import ScriptArguments, make_tree, run_training
+from tdlm.trainer.trainer import TDLMTrainer
+from tdlm.trainer.training_args import TDLMTrainingArguments
+from tdlm.vocab_tree_tdlm import VocabTree
+
+# ---- commands: arguments -> what to print (text), or a dict for --json ----
+
+
+def tree_build(args: argparse.Namespace) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+    options = {"height": args.height, "min_size_ratio": args.min_size_ratio, "max_size_ratio": args.max_size_ratio}
+    if args.corpus is not None and tokenizer is None:
+        raise ValueError("--corpus needs --tokenizer, which turns its text into tokens.")
+    if tokenizer is not None:
+        sequences = None
+        if args.corpus is not None:
+            documents = tokenize(load_text(args.corpus, text_column=args.text_column), tokenizer)
+            sequences = (row["input_ids"] for row in documents)
+        source = "corpus" if args.corpus is not None else args.embeddings or args.model
+        tree = make_tree(tokenizer, args.branching_factor, source, sequences, args.seed, **options)
+    else:
+        tree = _tree_without_tokenizer(args, options)
+    tree.save(args.output)
+    return {"output": args.output, **tree_statistics(tree)}
+
+
+def _tree_without_tokenizer(args: argparse.Namespace, options: dict[str, Any]) -> VocabTree:
+    """A tree over bare token ids; a model's own tokenizer is used where the model brings one."""
+    from tdlm.tokenization import build_tree
+
+    if args.model is not None:
+        return make_tree(AutoTokenizer.from_pretrained(args.model), args.branching_factor, args.model, seed=args.seed)
+    return build_tree(file_embeddings(args.embeddings), args.branching_factor, seed=args.seed, **options)
+
+
+def tree_show(args: argparse.Namespace) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+    tree = VocabTree.load(args.tree)
+    if tokenizer is not None:
+        tree.check_tokenizer(tokenizer)
+    return tree_outline(tree, tokenizer, max_depth=args.max_depth, max_children=args.max_children, node_id=args.node)
+
+
+def tree_stats(args: argparse.Namespace) -> dict[str, Any]:
+    embeddings = file_embeddings(args.embeddings) if args.embeddings else None
+    return tree_statistics(VocabTree.load(args.tree), embeddings)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    script, training = parse_training_arguments(args.config, args.overrides)
+    metrics = run_training(script, training)
+    return {"output_dir": training.output_dir, **metrics}
+
+
+def parse_training_arguments(
+    config: str | None, overrides: Sequence[str]
+) -> tuple[ScriptArguments, TDLMTrainingArguments]:
+    """A YAML file of script and training arguments, overridden by command-line flags of the same names."""
+    parser = HfArgumentParser((ScriptArguments, TDLMTrainingArguments), prog="tdlm train")
+    settings = {} if config is None else yaml.safe_load(Path(config).read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config} must hold `name: value` lines, not {type(settings).__name__}.")
+    known = {action.dest: action for action in parser._actions}
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"{config} sets {unknown}, which `tdlm train --help` does not list.")
+    for name in settings:
+        known[name].required = False
+    parser.set_defaults(**settings)
+    script, training = parser.parse_args_into_dataclasses(args=list(overrides))
+    return script, training
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = _load(args)
+    text = load_text(args.data, text_column=args.text_column)
+    windows = evaluation_windows(text, tokenizer, model.config.max_position_embeddings, text_column=args.text_column)
+    with tempfile.TemporaryDirectory() as folder:
+        training = TDLMTrainingArguments(
+            output_dir=folder,
+            report_to=[],
+            per_device_eval_batch_size=args.batch_size,
+            eval_num_samples=args.num_samples,
+            eval_seed=args.seed,
+        )
+        trainer = TDLMTrainer(model=model, args=training, processing_class=tokenizer)
+        metrics = trainer.evaluate(windows, metric_key_prefix="eval")
+    wanted = ("nelbo", "ppl", "bpb", "num_")
+    metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return {
+        "model": args.model,
+        "data": args.data,
+        "seed": args.seed,
+        "num_samples": args.num_samples,
+        **{name: value for name, value in metrics.items() if name.startswith(wanted)},
+        "note": "nelbo (nats per token), ppl and bpb: Monte Carlo estimates of upper bounds",
+    }
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = _load(args)
+    prompt = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False) if args.prompt else {}
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "num_denoising_steps": args.num_steps,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+    }
+    sequences = model.generate(
+        input_ids=prompt.get("input_ids"),
+        num_return_sequences=args.num_samples,
+        generator=torch.Generator().manual_seed(args.seed),
+        streamer=_StepProgress(),
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return {"model": args.model, "prompt": args.prompt, "seed": args.seed, "texts": texts}
+
+
+def quickstart(args: argparse.Namespace) -> dict[str, Any]:
+    return run_quickstart(args.output, max_steps=args.max_steps, seed=args.seed)
+
+
+class _StepProgress(BaseStreamer):
+    """A progress bar on standard error, one tick a denoising step."""
+
+    def __init__(self):
+        self.bar = tqdm(desc="Denoising", unit="step", file=sys.stderr)
+
+    def put(self, value):
+        self.bar.update()
+
+    def end(self):
+        self.bar.close()
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision)
+    if model.config.model_type != "tdlm":
+        raise ValueError(f"{args.model} is a {model.config.model_type!r} model; this command needs a 'tdlm' one.")
+    model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    model.tree.check_tokenizer(tokenizer)
+    return model, tokenizer
+
+
+# ---- printing ----
+
+
+def _print_generate(result: dict[str, Any]) -> None:
+    for number, text in enumerate(result["texts"], start=1):
+        print(f"--- sample {number} of {len(result['texts'])}, seed {result['seed']} ---\n{text}")
+
+
+def _print_metrics(result: dict[str, Any]) -> None:
+    width = max(len(name) for name in result)
+    for name, value in result.items():
+        print(f"{name:<{width}}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def _print_build(result: dict[str, Any]) -> None:
+    print(format_statistics({name: value for name, value in result.items() if name != "output"}))
+    print(f"Saved to {result['output']}. Look at it with `tdlm tree show {result['output']} --tokenizer ...`.")
+
+
+def _print_train(result: dict[str, Any]) -> None:
+    _print_metrics(result)
+    print(f"Saved to {result['output_dir']}. Try it: tdlm generate {result['output_dir']} --num-samples 2")
+
+
+# ---- the parser ----
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tdlm", description="Tree-structured diffusion language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    tree = commands.add_parser("tree", help="build, show and measure vocabulary trees")
+    _add_tree_commands(tree.add_subparsers(required=True, metavar="ACTION"))
+
+    command = _command(commands, "train", train, _print_train, "train a model from a YAML file")
+    command.add_argument("--config", help="YAML file of script and training arguments; flags override it")
+
+    command = _command(commands, "evaluate", evaluate, _print_metrics, "held-out NELBO, perplexity, bits per byte")
+    _add_model_arguments(command)
+    command.add_argument("--data", required=True, help="text file(s), folder or Hub dataset")
+    command.add_argument("--text-column", default="text")
+    command.add_argument("--num-samples", type=int, default=4, help="noise draws a sequence (default 4)")
+    command.add_argument("--batch-size", type=int, default=16)
+
+    command = _command(commands, "generate", generate, _print_generate, "generate text")
+    _add_model_arguments(command)
+    command.add_argument("--prompt", default="", help="text to continue; none: generate from nothing")
+    command.add_argument("--num-samples", type=int, default=1)
+    command.add_argument("--max-new-tokens", type=int, help="default: fill the context")
+    command.add_argument("--num-steps", type=int, help="denoising steps (default: one a new token)")
+    command.add_argument("--temperature", type=float)
+    command.add_argument("--top-k", type=int, help="keep the k best children of a node")
+    command.add_argument("--top-p", type=float, help="keep the best children up to this mass")
+
+    command = _command(commands, "quickstart", quickstart, lambda result: None, "train a small model in minutes")
+    command.add_argument("--output", default="runs/quickstart", help="folder for the model, results and report")
+    command.add_argument("--max-steps", type=int, help="training steps of each model (default: for 2 CPU cores)")
+    command.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_tree_commands(actions: Any) -> None:
+    command = _command(actions, "build", tree_build, _print_build, "cluster token embeddings into a tree")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--embeddings", help=".npy or .safetensors file, one row a token")
+    source.add_argument("--model", help="Hugging Face model whose input embeddings to use")
+    source.add_argument("--corpus", help="text file(s), folder or Hub dataset: co-occurrence embeddings")
+    command.add_argument("--tokenizer", help="tokenizer that the tree is for; its vocabulary is recorded")
+    command.add_argument("--text-column", default="text")
+    command.add_argument("--branching-factor", type=int, default=256, help="most children of a node (default 256)")
+    command.add_argument("--height", type=int, help="depth of the leaves (default: the least possible)")
+    command.add_argument("--min-size-ratio", type=float, default=0.0, help="smallest node, as a share of the mean")
+    command.add_argument("--max-size-ratio", type=float, help="largest node, as a multiple of the mean")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--output", required=True, help="tree file to write, .safetensors")
+
+    command = _command(actions, "show", tree_show, print, "outline of the nodes and their tokens", as_json=False)
+    command.add_argument("tree", help="tree file")
+    command.add_argument("--tokenizer", help="tokenizer, to show tokens as text")
+    command.add_argument("--node", type=int, help="node id to start from (default: the root)")
+    command.add_argument("--max-depth", type=int)
+    command.add_argument("--max-children", type=int, default=12)
+
+    command = _command(
+        actions, "stats", tree_stats, lambda result: print(format_statistics(result)), "sizes, fill and inertia"
+    )
+    command.add_argument("tree", help="tree file")
+    command.add_argument("--embeddings", help=".npy or .safetensors: also print inertia against free K-means")
+
+
+def _command(
+    commands: Any, name: str, run: Callable, show: Callable, summary: str, as_json: bool = True
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command.set_defaults(run=run, show=show, json=False)
+    if as_json:
+        command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return command
+
+
+def _add_model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="checkpoint folder or Hub repository")
+    command.add_argument("--revision", default="main")
+    command.add_argument("--device", help="default: cuda where there is one")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Bad input is one line on standard error and exit status 2."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
+    try:
+        # Libraries print to standard output while they work; with --json only the result may stand there.
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            result = args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"tdlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tdlm: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result))
+    else:
+        args.show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""`tdlm train`: from a text corpus and one configuration to a checkpoint folder, step by step."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from tdlm.configuration_tdlm import TDLMConfig
+from tdlm.modeling_tdlm import TDLMForDiffusionLM
+from tdlm.tokenization import build_tree, corpus_embeddings, file_embeddings, model_embeddings, train_tokenizer
+from tdlm.trainer.data import RandomCrops, evaluation_windows, load_text, pad_token_id, stream_crops, tokenize
+from tdlm.trainer.trainer import TDLMTrainer
+from tdlm.trainer.training_args import TDLMTrainingArguments
+from tdlm.vocab_tree_tdlm import VocabTree
+
+STREAM_SAMPLE = 10_000  # documents of a stream that train the tokenizer and the corpus embeddings
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on and what to train. Everything else is a training argument of the HF Trainer."""
+
+    train_data: str = field(metadata={"help": "Text file(s), folder or Hub dataset, one document a row or file."})
+    eval_data: str | None = field(default=None, metadata={"help": "The same, held out; evaluated at the end."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a Hub dataset to evaluate on."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the documents."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the training set; set max_steps."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; default: train a byte-level BPE."})
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer to train."})
+    tree: str | None = field(default=None, metadata={"help": "Tree file; default: build one."})
+    branching_factor: int = field(default=256, metadata={"help": "Most children of a node of the tree to build."})
+    tree_embeddings: str = field(
+        default="corpus",
+        metadata={"help": "Embeddings to build the tree from: corpus, a .npy or .safetensors, a model."},
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from."})
+    preset: str = field(default="small", metadata={"help": "Size of a new model: tiny, small or base."})
+    model_config: dict | str = field(default_factory=dict, metadata={"help": "Fields of TDLMConfig, as JSON."})
+
+
+def make_tree(
+    tokenizer: PreTrainedTokenizerBase,
+    branching_factor: int,
+    embeddings: str = "corpus",
+    sequences: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> VocabTree:
+    """A tree for `tokenizer`, from the token sequences of a corpus, an embedding file or a model's embeddings."""
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    if embeddings == "corpus":
+        matrix = corpus_embeddings(sequences, vocab_size, seed=seed, progress=progress)
+    else:
+        matrix = file_embeddings(embeddings) if Path(embeddings).is_file() else model_embeddings(embeddings)
+    tree = build_tree(np.asarray(matrix), branching_factor, seed=seed, progress=progress, **options)
+    return tree.bind(tokenizer)
+
+
+def make_config(tree: VocabTree, tokenizer: PreTrainedTokenizerBase, preset: str, **fields: Any) -> TDLMConfig:
+    """The configuration of a model for this tree and tokenizer."""
+    token_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return TDLMConfig.for_tree(tree, preset, **{**token_ids, **fields})
+
+
+def run_training(script: ScriptArguments, args: TDLMTrainingArguments) -> dict[str, float]:
+    """Train, evaluate if there is something to evaluate on, save to `args.output_dir`; returns the metrics."""
+    set_seed(args.seed)
+    train_text = load_text(
+        script.train_data,
+        name=script.dataset_config,
+        split=script.train_split,
+        streaming=script.streaming,
+        text_column=script.text_column,
+    )
+    model, tokenizer, train_ids = _model_and_data(script, train_text, args.seed)
+    length, pad_id = model.config.max_position_embeddings, pad_token_id(tokenizer)
+    crops = stream_crops if script.streaming else RandomCrops
+    trainer = TDLMTrainer(
+        model=model,
+        args=args,
+        train_dataset=crops(train_ids, length, pad_id, args.seed),
+        eval_dataset=_evaluation_set(script, tokenizer, length),
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = result.metrics | (trainer.evaluate() if script.eval_data else {})
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", metrics, combined=False)
+    return metrics
+
+
+def _model_and_data(script: ScriptArguments, text: Any, seed: int) -> tuple[TDLMForDiffusionLM, Any, Any]:
+    """-> model, tokenizer, tokenised documents."""
+    if script.model_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or script.model_name_or_path)
+        return (
+            AutoModelForCausalLM.from_pretrained(script.model_name_or_path),
+            tokenizer,
+            _tokenize(script, text, tokenizer),
+        )
+    sample = text.take(STREAM_SAMPLE) if script.streaming else text
+    if script.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(script.tokenizer)
+    else:
+        tokenizer = train_tokenizer((row[script.text_column] for row in sample), script.vocab_size)
+    ids = _tokenize(script, text, tokenizer)
+    if script.tree is not None:
+        tree = VocabTree.load(script.tree)
+        tree.check_tokenizer(tokenizer)
+    else:
+        sequences = (row["input_ids"] for row in (ids.take(STREAM_SAMPLE) if script.streaming else ids))
+        tree = make_tree(tokenizer, script.branching_factor, script.tree_embeddings, sequences, seed)
+    return TDLMForDiffusionLM(make_config(tree, tokenizer, script.preset, **_fields(script)), tree), tokenizer, ids
+
+
+def _fields(script: ScriptArguments) -> dict[str, Any]:
+    if not isinstance(script.model_config, dict):
+        raise ValueError(f"model_config={script.model_config!r} must be a mapping of TDLMConfig fields.")
+    return script.model_config
+
+
+def _tokenize(script: ScriptArguments, text: Any, tokenizer: Any) -> Any:
+    return tokenize(text, tokenizer, text_column=script.text_column)
+
+
+def _evaluation_set(script: ScriptArguments, tokenizer: Any, length: int) -> datasets.Dataset | None:
+    if script.eval_data is None:
+        return None
+    text = load_text(
+        script.eval_data, name=script.dataset_config, split=script.eval_split, text_column=script.text_column
+    )
+    return evaluation_windows(text, tokenizer, length, text_column=script.text_column)
+
+
+__all__ = ["ScriptArguments", "make_config", "make_tree", "run_training"]
