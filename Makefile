@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait asleep: spinning ones crawl where another program uses a core.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: quickstart test lint install clean
 

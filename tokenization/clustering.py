@@ -29,6 +29,8 @@ LLOYD_ITERATIONS = 20
 SPLIT_ITERATIONS = 5
 CONSTRAINED_ROUNDS = 6
 AUCTION_ROUNDS = 1000
+PRICE_STEP = 5e-3  # of the gap between a token's mean and least cost: finer steps take longer and gain nothing
+PRICE_GROWTH = 1.05  # a round
 CHUNK_ROWS = 4096  # rows of one matrix product; fixed, so the result does not depend on the number of threads
 LARGEST_VALUE = 1e15  # its square times a million dimensions still fits float32
 
@@ -233,7 +235,7 @@ def _assign_with_capacity(costs: np.ndarray, capacity: int, rng: np.random.Rando
     if np.bincount(labels).max() <= capacity:
         return labels
     scale = float(costs.mean(dtype=np.float64) - costs.min(1).mean(dtype=np.float64))
-    increment = max(1e-3 * scale, 4e-6 * float(np.abs(costs).max())) or 1.0
+    increment = max(PRICE_STEP * scale, 4e-6 * float(np.abs(costs).max())) or 1.0
     costs = costs + rng.random_sample(costs.shape).astype(np.float32) * np.float32(increment)
     labels, prices = costs.argmin(1), np.zeros(costs.shape[1])
     for _ in range(AUCTION_ROUNDS):
@@ -246,7 +248,7 @@ def _assign_with_capacity(costs: np.ndarray, capacity: int, rng: np.random.Rando
         np.maximum.at(losses, labels[rows[leaving]], regrets[leaving])
         prices += np.where(excess > 0, losses + increment, 0)
         labels[rows[leaving]] = next_labels[leaving]
-        increment *= 1.02
+        increment *= PRICE_GROWTH
     return _spill(costs, labels, capacity)
 
 

@@ -7,10 +7,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.generation.streamers import BaseStreamer
@@ -78,6 +79,7 @@ def parse_training_arguments(
 ) -> tuple[ScriptArguments, TDLMTrainingArguments]:
     """A YAML file of script and training arguments, overridden by command-line flags of the same names."""
     parser = HfArgumentParser((ScriptArguments, TDLMTrainingArguments), prog="tdlm train")
+    parser.error = _raise_usage_error  # type: ignore[method-assign]  # one line in place of 300 flags
     settings = {} if config is None else yaml.safe_load(Path(config).read_text())
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold `name: value` lines, not {type(settings).__name__}.")
@@ -90,6 +92,10 @@ def parse_training_arguments(
     parser.set_defaults(**settings)
     script, training = parser.parse_args_into_dataclasses(args=list(overrides))
     return script, training
+
+
+def _raise_usage_error(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see `tdlm train --help`)")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -283,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Libraries print to standard output while they work; with --json only the result may stand there.
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             result = args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print(f"tdlm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

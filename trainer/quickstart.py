@@ -75,6 +75,8 @@ class TwinSpec:
 def run_quickstart(output: str, max_steps: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Do the whole job; returns what `results.json` holds. Files: model/, results.json, samples.txt, report.html."""
     _short_bars_off()
+    # Threads that wait asleep: spinning ones make a step 20 times slower where another program uses a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     started, folder = time.time(), Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     _say(1, "Train a byte-level BPE on novels of Austen and Melville, build the tree from their text")

@@ -40,7 +40,7 @@ class ScriptArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from."})
     preset: str = field(default="small", metadata={"help": "Size of a new model: tiny, small or base."})
-    model_config: dict | str = field(default_factory=dict, metadata={"help": "Fields of TDLMConfig, as JSON."})
+    model_config: dict = field(default_factory=dict, metadata={"help": "Fields of TDLMConfig, as JSON."})
 
 
 def make_tree(
@@ -117,13 +117,11 @@ def _model_and_data(script: ScriptArguments, text: Any, seed: int) -> tuple[TDLM
     else:
         sequences = (row["input_ids"] for row in (ids.take(STREAM_SAMPLE) if script.streaming else ids))
         tree = make_tree(tokenizer, script.branching_factor, script.tree_embeddings, sequences, seed)
-    return TDLMForDiffusionLM(make_config(tree, tokenizer, script.preset, **_fields(script)), tree), tokenizer, ids
-
-
-def _fields(script: ScriptArguments) -> dict[str, Any]:
-    if not isinstance(script.model_config, dict):
-        raise ValueError(f"model_config={script.model_config!r} must be a mapping of TDLMConfig fields.")
-    return script.model_config
+    return (
+        TDLMForDiffusionLM(make_config(tree, tokenizer, script.preset, **dict(script.model_config)), tree),
+        tokenizer,
+        ids,
+    )
 
 
 def _tokenize(script: ScriptArguments, text: Any, tokenizer: Any) -> Any:
