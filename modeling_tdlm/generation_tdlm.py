@@ -6,6 +6,7 @@ Shape legend: B sequences, L positions of the canvas, P of them prompt, T steps,
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class TDLMGenerationMixin:
             return canvas
         return TDLMGenerateOutput(
             sequences=canvas,
-            num_forwards=len(times) - 1,
+            num_forwards=(len(times) - 1) * self.law.jumps_per_step,
             trajectory=torch.stack(trajectory) if trajectory else None,
             timesteps=torch.tensor(times) if trajectory else None,
         )
@@ -168,18 +169,21 @@ class TDLMGenerationMixin:
         posteriors_T = torch.stack(posteriors).to(canvas.device)
         times_T = torch.tensor(times, dtype=torch.float64).to(canvas.device)
         levels = [self._active_levels(posterior, t) for posterior, (t, _) in zip(posteriors, steps, strict=True)]
-        warpers = _warpers(config)
+        waits_for = self.law.levels_of_jump().to(canvas.device)
+        draw_child = partial(
+            _draw_child, warpers=_warpers(config), do_sample=config.do_sample is not False, generator=generator
+        )
         heights = self.tree.node_height(canvas)
         trajectory = [canvas] if config.output_trajectory else []
         for step in range(len(steps)):
             u = _uniforms(canvas.shape, generator, canvas.device)
             target = self.law.sample_posterior(heights, posteriors_T[step], u)
             for _ in range(self.law.jumps_per_step):
-                jumps = target < heights
-                timesteps = times_T[step].expand(canvas.shape[0])
-                canvas, heights = self._jump(
-                    canvas, heights, jumps, levels[step], timesteps, context, warpers, config.do_sample, generator
-                )
+                moves_LBL = [(target < heights) & waits_for[heights, level] for level in levels[step]]
+                hidden_BLD = self.model(canvas, times_T[step].expand(len(canvas)), **context).last_hidden_state
+                for level, moves in zip(levels[step], moves_LBL, strict=True):
+                    canvas = self._descend(canvas, moves, hidden_BLD, draw_child)
+                    heights = torch.where(moves, level, heights)
             if config.output_trajectory:
                 trajectory.append(canvas)
             if streamer is not None:
@@ -189,32 +193,16 @@ class TDLMGenerationMixin:
         assert int(heights.max()) == 0, "a position is left above a leaf"
         return canvas, trajectory
 
-    def _jump(
-        self,
-        canvas: torch.Tensor,
-        heights: torch.Tensor,
-        jumps: torch.Tensor,
-        levels: list[int],
-        timesteps: torch.Tensor,
-        context: dict[str, Any],
-        warpers: LogitsProcessorList,
-        do_sample: bool,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward pass, then one jump of every position in `jumps`: child after child from one hidden state.
+    def _descend(
+        self, canvas: torch.Tensor, moves: torch.Tensor, hidden_BLD: torch.Tensor, draw_child: Callable
+    ) -> torch.Tensor:
+        """Replace the nodes at `moves` by a child of theirs.
 
-        No data-dependent shapes: positions that do not jump are scored too and left alone.
+        No data-dependent shapes, which would wait for the device: other positions are scored too and left alone.
         """
-        hidden_BLD = self.model(canvas, timesteps, **context).last_hidden_state
-        waits_for = self.law.levels_of_jump().to(canvas.device)[heights]  # (B, L, H)
-        for level in levels:
-            moves = jumps & waits_for[..., level]
-            log_probs = self.child_log_probs(hidden_BLD, canvas.masked_fill(~moves, self.tree.root_id))
-            slots = _draw_child(warpers(canvas, log_probs.flatten(0, 1)), do_sample, generator).view_as(canvas)
-            parents = canvas.masked_fill(~moves, self.tree.root_id)
-            canvas = torch.where(moves, self.tree.child(parents, slots), canvas)
-            heights = torch.where(moves, level, heights)
-        return canvas, heights
+        parents = canvas.masked_fill(~moves, self.tree.root_id)
+        slots = draw_child(self.child_log_probs(hidden_BLD, parents).flatten(0, 1)).view_as(canvas)
+        return torch.where(moves, self.tree.child(parents, slots), canvas)
 
     def _active_levels(self, posterior: torch.Tensor, t: float) -> list[int]:
         """Levels that a step can draw children for, from the top: those below a height it may leave."""
@@ -323,9 +311,12 @@ def _warpers(config: TDLMGenerationConfig) -> LogitsProcessorList:
     return warpers
 
 
-def _draw_child(scores_RK: torch.Tensor, do_sample: bool | None, generator: torch.Generator | None) -> torch.Tensor:
-    """(R, K) scores -> (R,) slots. float64 inversion: a float32 Gumbel-argmax would cut the tails off."""
-    if do_sample is False:
+def _draw_child(
+    log_probs_RK: torch.Tensor, warpers: LogitsProcessorList, do_sample: bool, generator: torch.Generator | None
+) -> torch.Tensor:
+    """(R, K) log-probabilities -> (R,) slots. float64 inversion: a float32 Gumbel-argmax would cut the tails off."""
+    scores_RK = warpers(None, log_probs_RK)  # type: ignore[arg-type]  # these warpers read no input ids
+    if not do_sample:
         return scores_RK.argmax(-1)
     cumulative = scores_RK.to(torch.float64).softmax(-1).cumsum(-1)
     u = _uniforms(scores_RK.shape[:1], generator, scores_RK.device)

@@ -43,8 +43,8 @@ def _outline_lines(
     tree: VocabTree, tokenizer: Any, node_id: int, max_depth: int, max_children: int, indent: str
 ) -> Iterator[str]:
     height = int(tree.node_height(torch.tensor(node_id)))
-    children = tree.child_ids[node_id - tree.vocab_size]
-    children = children[children >= 0].tolist()
+    child_row = tree.child_ids[node_id - tree.vocab_size]
+    children = child_row[child_row >= 0].tolist()
     tokens = torch.nonzero(tree.ancestors[height] == node_id).flatten().tolist()
     name = "root" if node_id == tree.root_id else "node"
     line = f"{indent}{name} {node_id} (height {height}, {_count(children, 'child', 'children')}"
