@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.generation.streamers import BaseStreamer
 
-from tdlm.tokenization import format_statistics, tree_outline, tree_statistics
-from tdlm.tokenization.embeddings import file_embeddings
+from tdlm.tokenization import build_tree, file_embeddings, format_statistics, tree_outline, tree_statistics
 from tdlm.trainer.data import evaluation_windows, load_text, tokenize
 from tdlm.trainer.quickstart import run_quickstart
 from tdlm.trainer.run import ScriptArguments, make_tree, run_training
@@ -29,30 +28,23 @@ from tdlm.vocab_tree_tdlm import VocabTree
 
 
 def tree_build(args: argparse.Namespace) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
     options = {"height": args.height, "min_size_ratio": args.min_size_ratio, "max_size_ratio": args.max_size_ratio}
-    if args.corpus is not None and tokenizer is None:
+    name = args.tokenizer or args.model  # a model brings its own tokenizer
+    if name is None and args.corpus is not None:
         raise ValueError("--corpus needs --tokenizer, which turns its text into tokens.")
-    if tokenizer is not None:
-        sequences = None
+    if name is None:
+        tree = build_tree(file_embeddings(args.embeddings), args.branching_factor, seed=args.seed, **options)
+    else:
+        tokenizer, sequences = AutoTokenizer.from_pretrained(name), None
         if args.corpus is not None:
-            documents = tokenize(load_text(args.corpus, text_column=args.text_column), tokenizer)
+            documents = tokenize(
+                load_text(args.corpus, text_column=args.text_column), tokenizer, text_column=args.text_column
+            )
             sequences = (row["input_ids"] for row in documents)
         source = "corpus" if args.corpus is not None else args.embeddings or args.model
         tree = make_tree(tokenizer, args.branching_factor, source, sequences, args.seed, **options)
-    else:
-        tree = _tree_without_tokenizer(args, options)
     tree.save(args.output)
     return {"output": args.output, **tree_statistics(tree)}
-
-
-def _tree_without_tokenizer(args: argparse.Namespace, options: dict[str, Any]) -> VocabTree:
-    """A tree over bare token ids; a model's own tokenizer is used where the model brings one."""
-    from tdlm.tokenization import build_tree
-
-    if args.model is not None:
-        return make_tree(AutoTokenizer.from_pretrained(args.model), args.branching_factor, args.model, seed=args.seed)
-    return build_tree(file_embeddings(args.embeddings), args.branching_factor, seed=args.seed, **options)
 
 
 def tree_show(args: argparse.Namespace) -> str:
@@ -106,6 +98,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         training = TDLMTrainingArguments(
             output_dir=folder,
             report_to=[],
+            use_cpu=model.device.type == "cpu",
             per_device_eval_batch_size=args.batch_size,
             eval_num_samples=args.num_samples,
             eval_seed=args.seed,

@@ -277,6 +277,7 @@ def _write_report(
         "vocabulary": tree.vocab_size,
         "training steps": twin.max_steps,
         "tokens per step": BATCH_SIZE * 64,
+        "training curves": "clipped weights: no bound, not comparable between the models",
         "seed": twin.seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
