@@ -149,7 +149,7 @@ def train_twin(spec: dict[str, Any]) -> None:
     model = TDLMForDiffusionLM(make_config(tree, tokenizer, "tiny", head_type="tied", **twin.model_config), tree)
     length = model.config.max_position_embeddings
     args = TDLMTrainingArguments(
-        output_dir=os.fspath(Path(twin.folder, "trainer")),
+        output_dir=twin.folder,
         max_steps=twin.max_steps,
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=2 * BATCH_SIZE,
@@ -168,7 +168,8 @@ def train_twin(spec: dict[str, Any]) -> None:
     seconds = trainer.train().metrics["train_runtime"]
     peak_memory_mb = _peak_memory_mb()
     evaluation = trainer.evaluate()
-    trainer.save_model(os.fspath(twin.model_folder))
+    model.save_pretrained(twin.model_folder)
+    tokenizer.save_pretrained(twin.model_folder)
     metrics = {name: evaluation[f"eval_{name}"] for name in ("nelbo", "ppl", "bpb", "nelbo_standard_error")}
     metrics |= {
         "parameters": model.num_parameters(),
