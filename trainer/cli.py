@@ -145,14 +145,16 @@ def quickstart(args: argparse.Namespace) -> dict[str, Any]:
 class _StepProgress(BaseStreamer):
     """A progress bar on standard error, one tick a denoising step."""
 
-    def __init__(self):
-        self.bar = tqdm(desc="Denoising", unit="step", file=sys.stderr)
+    bar: tqdm | None = None
 
     def put(self, value):
+        if self.bar is None:
+            self.bar = tqdm(desc="Denoising", unit=" steps", file=sys.stderr)
         self.bar.update()
 
     def end(self):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
