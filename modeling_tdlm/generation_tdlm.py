@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .configuration_tdlm import TDLMConfig
-from .process_tdlm import HeightLaw
+from .process_tdlm import HeightLaw, draw_uniforms
 from .vocab_tree_tdlm import VocabTree
 
 logger = logging.get_logger(__name__)
@@ -176,7 +176,7 @@ class TDLMGenerationMixin:
         heights = self.tree.node_height(canvas)
         trajectory = [canvas] if config.output_trajectory else []
         for step in range(len(steps)):
-            u = _uniforms(canvas.shape, generator, canvas.device)
+            u = draw_uniforms(canvas.shape, generator, canvas.device, torch.float64)
             target = self.law.sample_posterior(heights, posteriors_T[step], u)
             for _ in range(self.law.jumps_per_step):
                 moves_LBL = [(target < heights) & waits_for[heights, level] for level in levels[step]]
@@ -319,14 +319,9 @@ def _draw_child(
     if not do_sample:
         return scores_RK.argmax(-1)
     cumulative = scores_RK.to(torch.float64).softmax(-1).cumsum(-1)
-    u = _uniforms(scores_RK.shape[:1], generator, scores_RK.device)
+    u = draw_uniforms(scores_RK.shape[:1], generator, scores_RK.device, torch.float64)
     # A slot of probability 0 is never drawn: its cumulative sum equals its predecessor's.
     return (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
-
-
-def _uniforms(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    where = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=where, dtype=torch.float64).to(device)
 
 
 __all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin"]

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_tdlm import TDLMConfig
 from .generation_tdlm import TDLMGenerationConfig, TDLMGenerationMixin
 from .heads_tdlm import HEADS, TiedHead
-from .process_tdlm import LAWS, TRAINING_FLOOR, HeightLaw, low_discrepancy_times
+from .process_tdlm import LAWS, TRAINING_FLOOR, HeightLaw, draw_uniforms, low_discrepancy_times
 from .vocab_tree_tdlm import VocabTree
 
 IGNORE_INDEX = -100
@@ -432,8 +432,8 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Clean ids and labels -> z_t and low-discrepancy times."""
         B, device = input_ids.shape[0], input_ids.device
-        t = low_discrepancy_times(_uniforms((), generator, device), torch.arange(B, device=device), total=B)
-        return self.noise(input_ids, labels, t, _uniforms(input_ids.shape, generator, device)), t
+        t = low_discrepancy_times(draw_uniforms((), generator, device), torch.arange(B, device=device), total=B)
+        return self.noise(input_ids, labels, t, draw_uniforms(input_ids.shape, generator, device)), t
 
     def noise(
         self, input_ids: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, uniforms: torch.Tensor
@@ -512,7 +512,7 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         B, J, device = input_ids.shape[0], num_samples, input_ids.device
         # Sequence i gets an even grid over its own draws, and the batch an even grid over all of them.
         index_BJ = torch.arange(B, device=device)[:, None] + B * torch.arange(J, device=device)
-        u_BJ = low_discrepancy_times(_uniforms((), generator, device), index_BJ, total=B * J)
+        u_BJ = low_discrepancy_times(draw_uniforms((), generator, device), index_BJ, total=B * J)
         draws_JBH = torch.stack(
             [self._nelbo_draw(input_ids, labels, u_B, generator, attention_mask=attention_mask) for u_B in u_BJ.T]
         )
@@ -539,8 +539,8 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         scored = labels != IGNORE_INDEX
         t, jump = self.law.sample_jump_times(u_B)
         lower, upper = torch.tensor(self.law.jumps, device=device)[jump].T
-        heights = self.law.sample_heights(t, _uniforms(input_ids.shape, generator, device))
-        jumper = torch.where(scored, _uniforms(input_ids.shape, generator, device), -1.0).argmax(1, keepdim=True)
+        heights = self.law.sample_heights(t, draw_uniforms(input_ids.shape, generator, device))
+        jumper = torch.where(scored, draw_uniforms(input_ids.shape, generator, device), -1.0).argmax(1, keepdim=True)
         heights = heights.scatter(1, jumper, upper[:, None]) * scored
         hidden_BLD = self.model(self.tree.ancestor(input_ids, heights), t, **context).last_hidden_state
         waits = (heights == upper[:, None]) & scored
@@ -560,7 +560,7 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
     ) -> TDLMOutput:
         """One draw of the NELBO for each sequence; the loss is per scored token."""
         B, device = input_ids.shape[0], input_ids.device
-        u_B = low_discrepancy_times(_uniforms((), generator, device), torch.arange(B, device=device), total=B)
+        u_B = low_discrepancy_times(draw_uniforms((), generator, device), torch.arange(B, device=device), total=B)
         level_nelbo = self._nelbo_draw(input_ids, labels, u_B, generator, **context)
         num_tokens = (labels != IGNORE_INDEX).sum(1)
         level_losses = level_nelbo.sum(0) / num_tokens.sum().clamp(min=1)
@@ -580,11 +580,6 @@ def _check_saved_tokenizer(tree: VocabTree, name_or_path: Any, hub_arguments: di
     path = cached_file(name_or_path, "tokenizer.json", **hub_arguments, **optional)
     if path is not None:
         tree.check_tokenizer(PreTrainedTokenizerFast(tokenizer_file=path))
-
-
-def _uniforms(shape, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Uniforms in [0, 1). Drawn where the generator lives, so a CPU generator gives the same noise on every device."""
-    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
 __all__ = ["TDLMForDiffusionLM", "TDLMModel", "TDLMNelboOutput", "TDLMOutput", "TDLMPreTrainedModel"]

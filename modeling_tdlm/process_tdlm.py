@@ -250,6 +250,14 @@ def low_discrepancy_times(u: torch.Tensor, index: torch.Tensor, total: int) -> t
     return (u.to(torch.float64) + index.to(torch.float64) / total) % 1.0
 
 
+def draw_uniforms(
+    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Uniforms in [0, 1). Drawn where the generator lives, so a CPU generator gives the same noise on every device."""
+    where = generator.device if generator is not None else device
+    return torch.rand(shape, generator=generator, device=where, dtype=dtype).to(device)
+
+
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """(..., H+1) probabilities and (...) uniforms in [0, 1) -> (...) indices, by the inverse distribution function."""
     cumulative = probabilities.cumsum(-1)[..., :-1]
@@ -264,6 +272,7 @@ __all__ = [
     "JumpSample",
     "Schedule",
     "SequentialLaw",
+    "draw_uniforms",
     "low_discrepancy_times",
     "validate_thresholds",
 ]

@@ -57,7 +57,8 @@ def make_tree(
     if embeddings == "corpus":
         matrix = corpus_embeddings(sequences, vocab_size, seed=seed, progress=progress)
     else:
-        matrix = file_embeddings(embeddings) if Path(embeddings).is_file() else model_embeddings(embeddings)
+        is_file = Path(embeddings).suffix in (".npy", ".safetensors")
+        matrix = file_embeddings(embeddings) if is_file else model_embeddings(embeddings)
     tree = build_tree(np.asarray(matrix), branching_factor, seed=seed, progress=progress, **options)
     return tree.bind(tokenizer)
 
