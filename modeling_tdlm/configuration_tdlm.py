@@ -67,7 +67,7 @@ class TDLMConfig(PreTrainedConfig):
     num_hidden_layers: int = 17
     num_attention_heads: int = 12
     max_position_embeddings: int = 512
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     time_conditioning: bool = False
@@ -75,7 +75,7 @@ class TDLMConfig(PreTrainedConfig):
     head_type: str = "tied"
     law: str = "sequential"
     schedule: str = "linear"
-    thresholds: list[float] | None = None
+    thresholds: list[float | int] | None = None
     loss_weight_clip: float | int | None = 2.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -122,11 +122,8 @@ class TDLMConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the fields describe one possible model."""
         sizes = (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "condition_size",
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("max_position_embeddings", "condition_size"),
         )
         for name in sizes:
             if getattr(self, name) < 1:

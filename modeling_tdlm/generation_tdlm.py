@@ -18,6 +18,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
 from .configuration_tdlm import TDLMConfig
@@ -26,17 +27,14 @@ from .vocab_tree_tdlm import VocabTree
 
 logger = logging.get_logger(__name__)
 
-# Arguments of autoregressive generation that cannot mean anything here, with the values that ask for nothing.
-AUTOREGRESSIVE_ONLY: dict[str, tuple] = {
-    "num_beams": (None, 1),
-    "use_cache": (None, False),
-    "cache_implementation": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
+# What `generate` honours. Any other field that asks for something is refused, not ignored.
+SUPPORTED = {
+    *("max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate"),
+    *("do_sample", "temperature", "top_k", "top_p"),
+    *("num_denoising_steps", "steps_per_level", "output_trajectory"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"),
 }
+ASKS_FOR_NOTHING: tuple = (None, False, 0, 1, "", [], {})
 
 
 class TDLMGenerationConfig(GenerationConfig):
@@ -66,12 +64,13 @@ class TDLMGenerationConfig(GenerationConfig):
                 f"pass num_denoising_steps={self.num_denoising_steps} or steps_per_level={self.steps_per_level}, "
                 "not both."
             )
-        for name, no_ops in AUTOREGRESSIVE_ONLY.items():
-            if getattr(self, name, None) not in no_ops:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} belongs to autoregressive generation; a diffusion model has "
-                    "nothing to apply it to. Leave it out."
-                )
+        for name, value in vars(self).items():
+            asks = value is True or value not in ASKS_FOR_NOTHING  # True equals 1
+            if asks and name not in SUPPORTED and not name.startswith("_"):
+                raise ValueError(f"{name}={value!r} is not supported by diffusion generation. Leave it out.")
+        for name in ("num_denoising_steps", "num_return_sequences", "max_new_tokens", "max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
 
     @classmethod
     def from_model_config(cls, model_config) -> "TDLMGenerationConfig":
@@ -102,6 +101,7 @@ class TDLMGenerationMixin:
 
     config: TDLMConfig
     device: torch.device
+    dtype: torch.dtype
     model: Any
     tree: VocabTree
     law: HeightLaw
@@ -135,9 +135,14 @@ class TDLMGenerationMixin:
         num_new = self._num_new_tokens(input_ids.shape[1], config)
         canvas = torch.nn.functional.pad(input_ids, (0, num_new), value=self.tree.root_id)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
+        # Made once: from a 2-D mask every forward would ask the device whether there is padding, and wait.
+        like_hidden = canvas.new_zeros((*canvas.shape, 1), dtype=self.dtype)
+        attention_bias = create_bidirectional_mask(
+            config=self.config, inputs_embeds=like_hidden, attention_mask=attention_mask
+        )
         context = {
-            # None keeps the fast attention paths; positions count what is seen, so padding shifts nothing.
-            "attention_mask": None if bool(attention_mask.all()) else attention_mask,
+            "attention_mask": attention_bias,
+            # Positions count what is seen, so padding shifts nothing.
             "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
         }
         times = self._sampling_times(num_new, config)
@@ -262,7 +267,7 @@ class TDLMGenerationMixin:
         if config.max_new_tokens is not None:
             num_new = config.max_new_tokens
         else:
-            num_new = (config.max_length or context_length) - prompt_length
+            num_new = (context_length if config.max_length is None else config.max_length) - prompt_length
         if num_new < 1 or prompt_length + num_new > context_length:
             raise ValueError(
                 f"a prompt of {prompt_length} tokens and {num_new} new ones must fit in the context of "
@@ -273,7 +278,8 @@ class TDLMGenerationMixin:
     def _sampling_times(self, num_new: int, config: TDLMGenerationConfig) -> list[float]:
         steps_per_level = config.steps_per_level
         if steps_per_level is None:
-            steps_per_level = self.law.split_steps(config.num_denoising_steps or max(num_new, self.law.height))
+            steps = config.num_denoising_steps
+            steps_per_level = self.law.split_steps(max(num_new, self.law.height) if steps is None else steps)
         return self.law.sampling_times(steps_per_level)
 
     # ---- loading: called by from_pretrained to set `self.generation_config` ----
@@ -320,8 +326,10 @@ def _draw_child(
         return scores_RK.argmax(-1)
     cumulative = scores_RK.to(torch.float64).softmax(-1).cumsum(-1)
     u = draw_uniforms(scores_RK.shape[:1], generator, scores_RK.device, torch.float64)
-    # A slot of probability 0 is never drawn: its cumulative sum equals its predecessor's.
-    return (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
+    slots = (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
+    # Only rounding could point behind the last child, where a parallel sum need not be monotonic.
+    num_children = (log_probs_RK > float("-inf")).sum(-1)
+    return torch.minimum(slots, num_children - 1)
 
 
 __all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin"]

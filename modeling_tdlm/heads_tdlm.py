@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from .configuration_tdlm import TDLMConfig
 from .vocab_tree_tdlm import VocabTree
 
+GATHERED_ELEMENTS = 2**26  # of embedding rows gathered at once, 256 MiB in float32
+
 
 class ChildHead(nn.Module, ABC):
     """Scores the children of a node. Rows must stand at internal nodes; a leaf has no children to score."""
@@ -70,7 +72,7 @@ class TiedHead(ChildHead):
         rows_R = node_ids_R - tree.vocab_size
         children_IK = tree.child_ids.clamp(min=0)
         # Both copy embedding rows: R K of them for the gather, I K for the product over parents. Copy the fewer.
-        gather = rows_R.shape[0] < children_IK.shape[0]
+        gather = rows_R.shape[0] < children_IK.shape[0] or _grouping_waits(hidden_RD)
         scores = gathered_child_scores if gather else grouped_child_scores
         return scores(hidden_RD, rows_R, children_IK, embedding_ND) + F.embedding(rows_R, self.bias[children_IK])
 
@@ -79,9 +81,13 @@ def gathered_child_scores(
     hidden_RD: torch.Tensor, rows_R: torch.Tensor, children_IK: torch.Tensor, embedding_ND: torch.Tensor
 ) -> torch.Tensor:
     """-> (R, K) `E[child] . h` from each row's own copy of its children: for few rows, or many parents (K = 2)."""
-    children_RKD = F.embedding(children_IK[rows_R], embedding_ND)
     dtype = _compute_dtype(hidden_RD)
-    return torch.einsum("rd,rkd->rk", hidden_RD.to(dtype), children_RKD.to(dtype))
+    chunk = max(1, GATHERED_ELEMENTS // (children_IK.shape[1] * hidden_RD.shape[1]))
+    scores = [
+        torch.einsum("rd,rkd->rk", hidden.to(dtype), F.embedding(children_IK[rows], embedding_ND).to(dtype))
+        for hidden, rows in zip(hidden_RD.split(chunk), rows_R.split(chunk), strict=True)
+    ]
+    return torch.cat(scores)
 
 
 def grouped_child_scores(
@@ -105,6 +111,12 @@ def _grouped_product(rows_RD: torch.Tensor, blocks_IDK: torch.Tensor, counts_I: 
         return F.grouped_mm(rows_RD, blocks_IDK, offs=counts_I.cumsum(0).to(torch.int32))
     runs = rows_RD.split(counts_I.tolist())
     return torch.cat([run @ block for run, block in zip(runs, blocks_IDK, strict=True)])
+
+
+def _grouping_waits(hidden_RD: torch.Tensor) -> bool:
+    """On CUDA, grouped_mm of float32 reads the group sizes on the host. Sampling must not wait; training may."""
+    half = _compute_dtype(hidden_RD) in (torch.bfloat16, torch.float16)
+    return hidden_RD.is_cuda and not half and not torch.is_grad_enabled()
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -70,7 +70,8 @@ class TDLMNelboOutput(ModelOutput):
 
     Args:
         nelbo (`torch.FloatTensor` of shape `(batch,)`): nats per sequence.
-        standard_error (`torch.FloatTensor` of shape `(batch,)`): of `nelbo`, over the samples; NaN for one sample.
+        standard_error (`torch.FloatTensor` of shape `(batch,)`): of `nelbo`, over the samples as if they
+            were independent; they are one even grid, so this is more than the true error. NaN for one sample.
         level_nelbo (`torch.FloatTensor` of shape `(batch, height)`): the terms of `nelbo` by level.
         num_tokens (`torch.LongTensor` of shape `(batch,)`): scored tokens.
     """
@@ -336,8 +337,8 @@ class TDLMModel(TDLMPreTrainedModel):
 class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
     """A tree-structured diffusion language model: backbone, vocabulary tree, law of heights, child head.
 
-    Its loss is a sum of in-level child classifications (Thm 3.4, Cor. 3.5): with unit clip a true upper bound on the
-    negative log-likelihood for any head and law.
+    Its loss is a sum of in-level child classifications (Thm 3.4, Cor. 3.5): without a clip a true upper bound on
+    the negative log-likelihood for any head and law.
     """
 
     generation_config_class = TDLMGenerationConfig
@@ -353,7 +354,7 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
                 f"the config {shape[0]} and {shape[1]}. Make the config with `TDLMConfig.for_tree(tree)`."
             )
         self.tree = VocabTree(*shape)
-        self.law: HeightLaw = LAWS[config.law](config.height, config.schedule, config.thresholds)
+        self.law: HeightLaw = LAWS[config.law].from_config(config)
         self.post_init()
         if tree is not None:
             self.tree.load_state_dict(tree.state_dict())
@@ -405,8 +406,11 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
             return TDLMOutput(log_probs=log_probs, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         if input_ids is None:
             raise ValueError("a loss needs input_ids: the heights of z_t are read from its node ids.")
+        if timesteps is not None and timesteps.dtype in (torch.bfloat16, torch.float16):
+            # Rounded so far, a time can fall into another level, where its positions have weight 0.
+            raise ValueError(f"timesteps are {timesteps.dtype}; the weights of a loss need float32 or float64 times.")
         if timesteps is None and not self.training:
-            return self._evaluation_output(input_ids, labels, context, generator)
+            return self._evaluation_output(input_ids, labels, context, num_items_in_batch, generator)
         if timesteps is None:
             input_ids, timesteps = self._noise(input_ids, labels, generator)
         outputs = self.model(input_ids, timesteps, **context)
@@ -556,14 +560,22 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         return sums_BH * scale_B[:, None]
 
     def _evaluation_output(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, context: dict, generator: torch.Generator | None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        context: dict,
+        num_items_in_batch: torch.Tensor | int | None,
+        generator: torch.Generator | None,
     ) -> TDLMOutput:
-        """One draw of the NELBO for each sequence; the loss is per scored token."""
+        """One draw of the NELBO for each sequence; the loss is per scored token. Padding is not scored."""
+        if context["attention_mask"] is not None:
+            labels = labels.masked_fill(context["attention_mask"] == 0, IGNORE_INDEX)
         B, device = input_ids.shape[0], input_ids.device
         u_B = low_discrepancy_times(draw_uniforms((), generator, device), torch.arange(B, device=device), total=B)
         level_nelbo = self._nelbo_draw(input_ids, labels, u_B, generator, **context)
         num_tokens = (labels != IGNORE_INDEX).sum(1)
-        level_losses = level_nelbo.sum(0) / num_tokens.sum().clamp(min=1)
+        num_items = num_tokens.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        level_losses = level_nelbo.sum(0) / num_items
         return TDLMOutput(
             loss=level_losses.sum(), level_losses=level_losses, level_nelbo=level_nelbo, num_tokens=num_tokens
         )

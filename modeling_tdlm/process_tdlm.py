@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,6 +72,11 @@ class HeightLaw(ABC):
         self.height = height
 
     # ---- the law: what a subclass defines ----
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Any) -> "HeightLaw":
+        """The law that a [`TDLMConfig`] describes."""
 
     @abstractmethod
     def height_probabilities(self, t: torch.Tensor) -> torch.Tensor:
@@ -154,6 +159,10 @@ class SequentialLaw(HeightLaw):
         validate_thresholds(self.thresholds, height)
         self.jumps = [(level, level + 1) for level in range(height)]
 
+    @classmethod
+    def from_config(cls, config: Any) -> "SequentialLaw":
+        return cls(config.height, config.schedule, config.thresholds)
+
     def _locate(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(...) times -> level l with t in [t_l, t_{l+1}], tau = in-level time in [0, 1], width of the level."""
         thresholds = torch.tensor(self.thresholds, dtype=torch.float64, device=t.device)
@@ -232,7 +241,7 @@ class SequentialLaw(HeightLaw):
         return [share + (i < extra) for i in range(self.height)]
 
 
-LAWS: dict[str, type[SequentialLaw]] = {"sequential": SequentialLaw}
+LAWS: dict[str, type[HeightLaw]] = {"sequential": SequentialLaw}
 
 
 def validate_thresholds(thresholds: Sequence[float], height: int) -> None:

@@ -247,7 +247,7 @@ class VocabTree(nn.Module):
     # ---- tokenizer ----
 
     def bind(self, tokenizer: Any) -> "VocabTree":
-        """Record that this tree belongs to `tokenizer`; raises if its token ids are not exactly 0 ... V-1."""
+        """Record that this tree belongs to `tokenizer`; raises `ValueError` if a token has no leaf."""
         self.check_size(tokenizer)
         self.vocab_hash.copy_(hash_vocabulary(tokenizer.get_vocab()))
         return self

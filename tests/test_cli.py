@@ -26,6 +26,7 @@ def trained(corpus, tmp_path_factory):
     """A model trained by `tdlm train --config`, with a flag that overrides the file."""
     folder = tmp_path_factory.mktemp("run")
     settings = {
+        "per_device_train_batch_size": 4,
         "train_data": str(corpus),
         "eval_data": str(corpus),
         "vocab_size": 280,
@@ -136,6 +137,11 @@ def test_tree_build_from_a_corpus_is_bound_to_its_tokenizer(corpus, tmp_path, ca
         (["train", "--config", "UNKNOWN"], r"sets \['train_dat'\]"),
         (["train", "--config", "BAD"], "hidden_size=30 must be an even multiple"),
         (["train", "--config", "STRING"], "invalid dict value: 'big'"),
+        (["train", "--config", "TYPO"], r"model_config sets \['head_typ'\]"),
+        (["train", "--config", "FEW"], "holds 8 documents, fewer than the 9 sequences of one update"),
+        (["train", "--config", "NOYAML"], "while parsing"),
+        (["tree", "build", "--embeddings", "NOYAML", "--output", "no/such/t"], "its folder does not exist"),
+        (["tree", "build", "--embeddings", "EMPTY.npy", "--output", "t"], "EMPTY.npy|No data left"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, message, corpus, tmp_path, capsys):
@@ -146,13 +152,29 @@ def test_errors_are_one_line_and_exit_2(arguments, message, corpus, tmp_path, ca
         "BAD": {**data, "model_config": {"hidden_size": 30, "num_attention_heads": 4}},
         "STRING": {**data, "model_config": "big"},
     }
+    files |= {
+        "TYPO": {**data, "model_config": {"head_typ": "shared"}},
+        "FEW": {**data, "preset": "tiny", "branching_factor": 24, "per_device_train_batch_size": 9},
+    }
     for name, value in files.items():
         (tmp_path / name).write_text(yaml.safe_dump(value))
+    (tmp_path / "NOYAML").write_text("{[")
+    (tmp_path / "EMPTY.npy").touch()
+    files |= {"NOYAML": None, "EMPTY.npy": None}
     arguments = [str(tmp_path / argument) if argument in files else argument for argument in arguments]
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tdlm: error:")]
     assert len(lines) == 1
     assert re.search(message, lines[0])
+
+
+def test_train_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--help"])
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--train_data" in printed
+    assert "--learning_rate" in printed
 
 
 def test_usage_errors_exit_2(capsys):

@@ -83,6 +83,10 @@ def test_the_collator_hides_and_does_not_score_padding():
     assert batch["labels"].tolist() == [[1, 2, 3], [-100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["num_bytes"].tolist() == [4, 1]
+    # A mask that the data brings is kept, and its padding is not scored.
+    masked = TDLMDataCollator(9)([{"input_ids": [1, 2, 9], "attention_mask": [1, 1, 0]}])
+    assert masked["attention_mask"].tolist() == [[1, 1, 0]]
+    assert masked["labels"].tolist() == [[1, 2, -100]]
     # No mask where nothing is padded: the fast attention paths take none.
     assert "attention_mask" not in TDLMDataCollator(0)([{"input_ids": torch.tensor([1, 2])}] * 2)
 

@@ -153,8 +153,12 @@ def test_the_generation_config_is_saved_and_found_again(eight_leaf_tree, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4 belongs to autoregressive generation"),
-        ({"use_cache": True}, "use_cache=True belongs to autoregressive"),
+        ({"num_beams": 4}, "num_beams=4 is not supported by diffusion generation"),
+        ({"use_cache": True}, "use_cache=True is not supported"),
+        ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 is not supported"),
+        ({"bad_words_ids": [[1]]}, "bad_words_ids=.* is not supported"),
+        ({"num_denoising_steps": 0}, "num_denoising_steps=0 must be at least 1"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0 must be at least 1"),
         ({"num_steps": 4}, r"does not know: \['num_steps'\]"),
         ({"num_denoising_steps": 4, "steps_per_level": [1, 1, 1]}, "not both"),
         ({"num_denoising_steps": 2}, "fewer than the tree's 3 levels"),

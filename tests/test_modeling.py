@@ -126,6 +126,20 @@ def test_padding_on_either_side_and_batching_leave_the_nelbo_alone(tree):
         assert padded == pytest.approx(plain, abs=1e-5)
 
 
+def test_evaluation_neither_sees_nor_scores_padding(tree):
+    model = tiny_model(tree)
+    x = torch.randint(0, 50, (2, 8), generator=seeded())
+    mask = torch.ones_like(x)
+    mask[:, 5:] = 0
+    output = model(input_ids=x, attention_mask=mask, labels=x, generator=seeded())
+    assert output.num_tokens.tolist() == [5, 5]
+    assert model.nelbo(x, attention_mask=mask).num_tokens.tolist() == [5, 5]
+    half = model(input_ids=x, attention_mask=mask, labels=x, generator=seeded(), num_items_in_batch=20)
+    assert half.loss.item() == pytest.approx(output.loss.item() / 2)
+    with pytest.raises(ValueError, match=r"timesteps are torch\.bfloat16"):
+        model(input_ids=x, labels=x, timesteps=torch.zeros(2, dtype=torch.bfloat16))
+
+
 def test_the_nelbo_reports_its_monte_carlo_error(tree):
     model = tiny_model(tree)
     x = torch.randint(0, 50, (2, 6), generator=seeded())

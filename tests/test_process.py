@@ -67,6 +67,19 @@ def test_reverse_rates_are_the_derivative_of_the_posterior(law):
 
 
 @each_law
+def test_reverse_rates_are_those_of_the_kernels_turned_round(law):
+    """r = b m_lower / m_upper, with b the derivative of the kernel."""
+    step = 1e-6
+    for t in (0.05, 0.2, 0.4, 0.61, 0.9):
+        m = law.height_probabilities(at(t))
+        for jump, (lower, upper) in enumerate(law.jumps):
+            if m[lower] > 0 and m[upper] > 0:
+                forward_rate = float(law.kernel(t, t + step)[lower, upper]) / step
+                expected = forward_rate * float(m[lower] / m[upper])
+                assert float(law.reverse_rates(at(t))[jump]) == pytest.approx(expected, rel=1e-4)
+
+
+@each_law
 def test_the_posterior_is_bayes_rule_by_enumeration(law):
     for s, t in itertools.combinations(TIMES, 2):
         m_s, kernel = law.height_probabilities(at(s)), law.kernel(s, t)

@@ -41,11 +41,16 @@ def train(tmp_path, dataset, steps=3, plain=False, **options):
         output_dir=str(tmp_path),
         max_steps=steps,
         logging_steps=1,
-        save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        **{"learning_rate": 1e-3, "seed": 3, **({"dataloader_pin_memory": False} if plain else {}), **options},
+        **{
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "seed": 3,
+            **({"dataloader_pin_memory": False} if plain else {}),
+            **options,
+        },
     )
     trainer = kind(model=model, args=args, train_dataset=dataset, data_collator=TDLMDataCollator(0))
     trainer.train()
@@ -78,6 +83,27 @@ def test_level_losses_add_up_to_the_loss(tmp_path):
     trainer = train(tmp_path, Sequences(32), steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     levels = zip(*(losses(trainer, f"loss_level_{level}") for level in range(TREE.height)), strict=True)
     assert [sum(level) for level in levels] == pytest.approx(losses(trainer), rel=1e-5)
+
+
+def test_a_resumed_run_logs_the_levels_and_crops_of_the_run_that_was_not_stopped(tmp_path):
+    class Epochs(Sequences):
+        epoch, seen = 0, []
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __getitem__(self, index):
+            self.seen.append(self.epoch)
+            return super().__getitem__(index)
+
+    options = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 3, "steps": 6}
+    whole = train(tmp_path, Epochs(32), **options)
+    assert Epochs.seen == [0] * 32 + [1] * 24  # one batch is fetched ahead
+    Epochs.seen.clear()
+    whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # step 3 of an epoch of 4
+    assert Epochs.seen == [0] * 8 + [1] * 24
+    levels = [losses(whole, f"loss_level_{level}") for level in range(TREE.height)]
+    assert [sum(step) for step in zip(*levels, strict=True)] == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_the_noise_of_a_step_is_one_grid_over_processes_and_accumulation_steps(tmp_path):
@@ -153,5 +179,6 @@ def test_the_recipe_is_the_default(tmp_path):
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (5e-4, 0.9, 0.99, 1e-9)
     assert (args.weight_decay, args.max_grad_norm, args.lr_scheduler_kwargs) == (0.02, 1.0, {"min_lr_rate": 0.1})
     assert args.get_warmup_steps(500_000) == 10_000
+    assert TDLMTrainingArguments(output_dir=str(tmp_path), lr_scheduler_type="linear").lr_scheduler_kwargs is None
     with pytest.raises(ValueError, match="eval_num_samples=0"):
         TDLMTrainingArguments(output_dir=str(tmp_path), eval_num_samples=0)

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.generation.streamers import BaseStreamer
@@ -24,10 +26,23 @@ from tdlm.trainer.trainer import TDLMTrainer
 from tdlm.trainer.training_args import TDLMTrainingArguments
 from tdlm.vocab_tree_tdlm import VocabTree
 
+# What bad input raises, here and in the libraries that read it.
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    EOFError,
+    StrictDataclassError,
+    yaml.YAMLError,
+    SafetensorError,
+    DatasetGenerationError,
+)
+
 # ---- commands: arguments -> what to print (text), or a dict for --json ----
 
 
 def tree_build(args: argparse.Namespace) -> dict[str, Any]:
+    if not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: its folder does not exist.")
     options = {"height": args.height, "min_size_ratio": args.min_size_ratio, "max_size_ratio": args.max_size_ratio}
     name = args.tokenizer or args.model  # a model brings its own tokenizer
     if name is None and args.corpus is not None:
@@ -130,7 +145,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     sequences = model.generate(
         input_ids=prompt.get("input_ids"),
         num_return_sequences=args.num_samples,
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=torch.Generator(model.device).manual_seed(args.seed),
         streamer=_StepProgress(),
         **{name: value for name, value in settings.items() if value is not None},
     )
@@ -161,6 +176,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision)
     if model.config.model_type != "tdlm":
         raise ValueError(f"{args.model} is a {model.config.model_type!r} model; this command needs a 'tdlm' one.")
+    if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: there is no CUDA device here. Leave it out, or use cpu.")
     model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
     model.tree.check_tokenizer(tokenizer)
@@ -259,7 +276,10 @@ def _add_tree_commands(actions: Any) -> None:
 def _command(
     commands: Any, name: str, run: Callable, show: Callable, summary: str, as_json: bool = True
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    # `train` leaves --help to the parser of its 150 flags.
+    command = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", add_help=run is not train
+    )
     command.set_defaults(run=run, show=show, json=False)
     if as_json:
         command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -284,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Libraries print to standard output while they work; with --json only the result may stand there.
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             result = args.run(args)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except USER_ERRORS as error:
         print(f"tdlm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

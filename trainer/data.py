@@ -165,7 +165,8 @@ def evaluation_windows(
 class TDLMDataCollator:
     """Pads on the right: padding is not seen (`attention_mask` 0) and not scored (`labels` -100).
 
-    Examples hold `input_ids` and perhaps `labels` (-100 marks clean context, as for prompts) and `num_bytes`.
+    Examples hold `input_ids` and perhaps `attention_mask`, `labels` (-100 marks clean context, as for prompts) and
+    `num_bytes`.
     """
 
     def __init__(self, pad_token_id: int):
@@ -174,9 +175,15 @@ class TDLMDataCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [torch.as_tensor(example["input_ids"]) for example in examples]
         labels = [torch.as_tensor(example.get("labels", example["input_ids"])) for example in examples]
+        masks = [
+            torch.as_tensor(example.get("attention_mask", torch.ones_like(row)))
+            for example, row in zip(examples, ids, strict=True)
+        ]
+        labels = [row.masked_fill(mask == 0, IGNORE_INDEX) for row, mask in zip(labels, masks, strict=True)]
         batch = {"input_ids": _pad(ids, self.pad_token_id), "labels": _pad(labels, IGNORE_INDEX)}
-        if len({len(row) for row in ids}) > 1:
-            batch["attention_mask"] = _pad([torch.ones_like(row) for row in ids], 0)
+        mask = _pad(masks, 0)
+        if not mask.all():
+            batch["attention_mask"] = mask
         if "num_bytes" in examples[0]:
             batch["num_bytes"] = torch.tensor([example["num_bytes"] for example in examples])
         return batch

@@ -1,5 +1,6 @@
 """`tdlm train`: from a text corpus and one configuration to a checkpoint folder, step by step."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def make_tree(
 
 def make_config(tree: VocabTree, tokenizer: PreTrainedTokenizerBase, preset: str, **fields: Any) -> TDLMConfig:
     """The configuration of a model for this tree and tokenizer."""
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(TDLMConfig)})
+    if unknown:
+        raise ValueError(f"model_config sets {unknown}, which are no fields of TDLMConfig.")
     token_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return TDLMConfig.for_tree(tree, preset, **{**token_ids, **fields})
 
@@ -80,6 +84,12 @@ def run_training(script: ScriptArguments, args: TDLMTrainingArguments) -> dict[s
         text_column=script.text_column,
     )
     model, tokenizer, train_ids = _model_and_data(script, train_text, args.seed)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not script.streaming and len(train_ids) < batch:
+        raise ValueError(
+            f"{script.train_data} holds {len(train_ids)} documents, fewer than the {batch} sequences of one update: an "
+            "epoch has one crop of each document. Split it into more documents (one a row or file), or lower the batch."
+        )
     length, pad_id = model.config.max_position_embeddings, pad_token_id(tokenizer)
     crops = stream_crops if script.streaming else RandomCrops
     trainer = TDLMTrainer(

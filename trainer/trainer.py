@@ -27,7 +27,16 @@ class TDLMTrainer(Trainer):
 
     args: TDLMTrainingArguments
 
-    def __init__(self, model=None, args=None, data_collator=None, processing_class=None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
         args = TDLMTrainingArguments(output_dir="tmp_trainer") if args is None else args
         if processing_class is not None and model is not None:
             base_model(model).tree.check_tokenizer(processing_class)
@@ -37,6 +46,8 @@ class TDLMTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator or TDLMDataCollator(pad_token_id=0),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=lambda prediction: {
                 **nelbo_metrics(prediction, self.args.eval_num_samples),
@@ -46,7 +57,7 @@ class TDLMTrainer(Trainer):
         )
         self._level_losses: torch.Tensor | None = None
         self._level_losses_since = 0
-        self.add_callback(_SetEpoch(self))
+        self.add_callback(_TrainerState(self))
 
     # ---- training ----
 
@@ -148,15 +159,21 @@ def base_model(model: Any) -> TDLMForDiffusionLM:
     return model
 
 
-class _SetEpoch(TrainerCallback):
-    """Tell the training set its epoch: accelerate's loaders do not always pass it on."""
+class _TrainerState(TrainerCallback):
+    """Starts the level losses afresh with each training, and tells the training set its epoch.
+
+    accelerate's loaders do not always pass the epoch on.
+    """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._level_losses, self.trainer._level_losses_since = None, state.global_step
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(round(state.epoch or 0))
+            self.trainer.train_dataset.set_epoch(int((state.epoch or 0) + 1e-6))  # a resumed epoch starts in its middle
 
 
 __all__ = ["TDLMTrainer", "nelbo_metrics"]

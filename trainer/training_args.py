@@ -20,7 +20,7 @@ class TDLMTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "The schedule's own arguments, as JSON."}
+        default=None, metadata={"help": "The schedule's own arguments, as JSON; for the default one, min_lr_rate 0.1."}
     )
     warmup_steps: float = field(
         default=0.02, metadata={"help": "Linear warm-up: steps, or below 1 a share of all steps."}
@@ -38,6 +38,8 @@ class TDLMTrainingArguments(TrainingArguments):
     eval_seed: int = field(default=0, metadata={"help": "Seed of the noise in evaluations."})
 
     def __post_init__(self):
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
         if self.eval_num_samples < 1:
             raise ValueError(f"eval_num_samples={self.eval_num_samples} must be at least 1.")
