@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny import NUM_POSITIONS, SIX_LEAVES, Source, bayes_model
+from tiny import NUM_POSITIONS, SIX_LEAVES, Source, WholePathLaw, bayes_model, chi_square_p
 
 from tdlm import VocabTree
 
@@ -122,3 +122,19 @@ def test_context_is_conditioned_on_and_not_scored():
     difference = output.nelbo - conditional
     assert output.num_tokens.tolist() == [1] * len(x)
     assert abs(float(difference.mean())) < 3 * float(difference.std()) / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("tree_name", TREES)
+def test_jumps_over_several_levels_are_bounded_and_sampled_by_the_same_code(tree_name):
+    """A law of whole-path jumps, plugged in from outside: nothing but the law knows about it."""
+    tree = TREES[tree_name]()
+    source = Source(tree)
+    model = bayes_model(source)
+    model.law = WholePathLaw(tree.height)
+    assert float(exact_level_nelbo(model, source, nodes=4).sum()) == pytest.approx(source.entropy, rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    x = source.sample(4000, generator)
+    difference = model.nelbo(x, num_samples=4, generator=generator).nelbo - source_code_length(source, x)
+    assert abs(float(difference.mean())) < 3 * float(difference.std()) / len(x) ** 0.5
+    draws = model.generate(max_new_tokens=2, num_return_sequences=20_000, num_denoising_steps=300, generator=generator)
+    assert chi_square_p(source, draws) > 0.01

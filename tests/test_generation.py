@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scipy import stats
-from tiny import SIX_LEAVES, Source, bayes_model, tiny_model
+from tiny import SIX_LEAVES, Source, bayes_model, chi_square_p, tiny_model
 from transformers import GenerationConfig
 
 from tdlm import TDLMGenerationConfig, VocabTree
@@ -23,7 +23,7 @@ def test_samples_of_the_bayes_denoiser_have_the_law_of_the_source(fields):
     draws = model.generate(
         max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3 * 400, generator=seeded()
     )
-    assert _chi_square_p(source, draws) > 0.01
+    assert chi_square_p(source, draws) > 0.01
 
 
 def test_few_steps_do_not_have_the_law_of_the_source():
@@ -32,17 +32,7 @@ def test_few_steps_do_not_have_the_law_of_the_source():
     draws = bayes_model(source).generate(
         max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3, generator=seeded()
     )
-    assert _chi_square_p(source, draws) < 1e-6
-
-
-def _chi_square_p(source: Source, draws: torch.Tensor) -> float:
-    outcome = draws[:, 0] * source.tree.vocab_size + draws[:, 1]
-    observed = torch.bincount(outcome, minlength=len(source.p)).double()
-    expected = source.p * len(draws)
-    rare = expected < 5  # pooled, as the statistic needs
-    pool = [torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)]) for counts in (observed, expected)]
-    keep = pool[1] > 0
-    return float(stats.chisquare(pool[0][keep].numpy(), pool[1][keep].numpy()).pvalue)
+    assert chi_square_p(source, draws) < 1e-6
 
 
 def test_a_prompt_conditions_the_rest():

@@ -3,11 +3,13 @@
 import itertools
 
 import torch
+from scipy import stats
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from tdlm import TDLMConfig, TDLMForDiffusionLM, VocabTree
 from tdlm.heads_tdlm import ChildHead
+from tdlm.process_tdlm import HeightLaw, JumpSample
 
 # height 3                root (16)
 #               ____________|___________
@@ -63,6 +65,44 @@ class Source:
         return float(-(p * p.log()).sum())
 
 
+class WholePathLaw(HeightLaw):
+    """A law unlike the paper's, to test what every law shares: one jump from a token to the root, at rate 1/(1-t)."""
+
+    thresholds = (0.0, 1.0)
+
+    def __init__(self, height: int):
+        super().__init__(height)
+        self.jumps = [(0, height)]
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.height)
+
+    def height_probabilities(self, t):
+        m = torch.zeros(*t.shape, self.height + 1, dtype=torch.float64)
+        m[..., 0], m[..., -1] = 1 - t, t
+        return m
+
+    def kernel(self, s, t):
+        kernel = torch.eye(self.height + 1, dtype=torch.float64)
+        kernel[0, 0] = (1 - t) / (1 - s) if s < 1 else 1.0
+        kernel[0, -1] = 1 - kernel[0, 0]
+        return kernel
+
+    def reverse_rates(self, t, floor=0.0):
+        return 1 / t.to(torch.float64).clamp(min=floor)[..., None]
+
+    def sample_jump_times(self, u):
+        return JumpSample(u.to(torch.float64), torch.zeros_like(u, dtype=torch.int64))
+
+    def sampling_times(self, steps_per_level):
+        (steps,) = steps_per_level
+        return [1 - i / steps for i in range(steps)] + [0.0]
+
+    def split_steps(self, num_denoising_steps):
+        return [num_denoising_steps]
+
+
 class BayesBackbone(nn.Module):
     """Node ids -> the exact p(x_i | z) over tokens, in the place of hidden states. z alone decides; t does not."""
 
@@ -104,3 +144,14 @@ def bayes_model(source: Source, **fields) -> TDLMForDiffusionLM:
     model.model = BayesBackbone(source)
     model.head = BayesHead(source.tree)
     return model
+
+
+def chi_square_p(source: Source, draws: torch.Tensor) -> float:
+    """p-value of (draws, 2) sampled pairs against the source."""
+    outcome = draws[:, 0] * source.tree.vocab_size + draws[:, 1]
+    observed = torch.bincount(outcome, minlength=len(source.p)).double()
+    expected = source.p * len(draws)
+    rare = expected < 5  # pooled, as the statistic needs
+    pool = [torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)]) for counts in (observed, expected)]
+    keep = pool[1] > 0
+    return float(stats.chisquare(pool[0][keep].numpy(), pool[1][keep].numpy()).pvalue)
