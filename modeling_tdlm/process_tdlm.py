@@ -195,8 +195,6 @@ class SequentialLaw(HeightLaw):
         alpha_s, alpha_t = self.schedule.alpha(
             torch.tensor([(s - start) / (end - start), (t - start) / (end - start)], dtype=torch.float64)
         )
-        if t == end:
-            alpha_t = torch.zeros_like(alpha_t)
         kernel = torch.eye(self.height + 1, dtype=torch.float64)
         kernel[level, level] = alpha_t / alpha_s
         kernel[level, level + 1] = 1 - alpha_t / alpha_s

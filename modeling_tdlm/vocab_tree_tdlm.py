@@ -302,7 +302,7 @@ class VocabTree(nn.Module):
         ancestors, slots, child_ids, counts = (
             table.detach().cpu() for table in (self.ancestors, self.child_slots, self.child_ids, self.child_counts)
         )
-        offsets, vocab_size = self.height_offsets, self.vocab_size
+        vocab_size = self.vocab_size
         if not torch.equal(ancestors[0], torch.arange(vocab_size)):
             wrong = _first(ancestors[0] != torch.arange(vocab_size))
             raise ValueError(f"not a tree: token {wrong} is stored as leaf {int(ancestors[0, wrong])}.")
@@ -335,7 +335,6 @@ class VocabTree(nn.Module):
                     f"not a tree: token {token} has child slot {int(slots[level, token])} at level {level}, "
                     f"but stands in slot {int(slot[nodes[token]])} of its parent."
                 )
-        assert offsets[-1] == self.num_nodes
         return self
 
     def _validate_heights(self, child_ids: torch.Tensor, present: torch.Tensor) -> None:
