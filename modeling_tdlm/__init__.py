@@ -2,10 +2,12 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .configuration_mdm_prime import MDMPrimeConfig
 from .configuration_tdlm import TDLMConfig
 from .generation_tdlm import TDLMGenerateOutput, TDLMGenerationConfig
+from .modeling_mdm_prime import MDMPrimeForDiffusionLM, MDMPrimeModel
 from .modeling_tdlm import TDLMForDiffusionLM, TDLMModel, TDLMNelboOutput, TDLMOutput
-from .process_tdlm import HeightLaw, SequentialLaw
+from .process_tdlm import ConcurrentLaw, DirectLaw, HeightLaw, SequentialLaw
 from .vocab_tree_tdlm import VocabTree
 
 __version__ = "0.1.0"
@@ -19,8 +21,20 @@ TDLMConfig.register_for_auto_class()
 TDLMModel.register_for_auto_class("AutoModel")
 TDLMForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
 
+AutoConfig.register("mdm_prime", MDMPrimeConfig, exist_ok=True)
+AutoModel.register(MDMPrimeConfig, MDMPrimeModel, exist_ok=True)
+AutoModelForCausalLM.register(MDMPrimeConfig, MDMPrimeForDiffusionLM, exist_ok=True)
+MDMPrimeConfig.register_for_auto_class()
+MDMPrimeModel.register_for_auto_class("AutoModel")
+MDMPrimeForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
+
 __all__ = [
+    "ConcurrentLaw",
+    "DirectLaw",
     "HeightLaw",
+    "MDMPrimeConfig",
+    "MDMPrimeForDiffusionLM",
+    "MDMPrimeModel",
     "SequentialLaw",
     "TDLMConfig",
     "TDLMForDiffusionLM",

@@ -97,7 +97,7 @@ class TDLMGenerateOutput(ModelOutput):
 
 
 class TDLMGenerationMixin:
-    """`generate()` for models with a backbone `model`, a `tree`, a `law` of heights and `child_log_probs`."""
+    """`generate()` for models with a backbone `model`, a `tree`, a `law` of heights and a `head`."""
 
     config: TDLMConfig
     device: torch.device
@@ -105,7 +105,8 @@ class TDLMGenerationMixin:
     model: Any
     tree: VocabTree
     law: HeightLaw
-    child_log_probs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    head: Any
+    one_per_unit: Callable[[torch.Tensor], torch.Tensor]
     generation_config: Any
 
     @torch.no_grad()
@@ -133,10 +134,10 @@ class TDLMGenerationMixin:
         config = self._prepare_generation_config(generation_config, kwargs)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, config)
         num_new = self._num_new_tokens(input_ids.shape[1], config)
-        canvas = torch.nn.functional.pad(input_ids, (0, num_new), value=self.tree.root_id)
+        canvas = self._absorbed_canvas(input_ids, num_new)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
         # Made once: from a 2-D mask every forward would ask the device whether there is padding, and wait.
-        like_hidden = canvas.new_zeros((*canvas.shape, 1), dtype=self.dtype)
+        like_hidden = attention_mask.new_zeros((*attention_mask.shape, 1), dtype=self.dtype)
         attention_bias = create_bidirectional_mask(
             config=self.config, inputs_embeds=like_hidden, attention_mask=attention_mask
         )
@@ -145,16 +146,33 @@ class TDLMGenerationMixin:
             # Positions count what is seen, so padding shifts nothing.
             "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
         }
+        trajectory = [canvas] if config.output_trajectory else []
+
+        def show(canvas: torch.Tensor) -> None:
+            if config.output_trajectory:
+                trajectory.append(canvas)
+            if streamer is not None:
+                streamer.put(canvas)
+
+        draw = partial(
+            _draw_child, warpers=_warpers(config), do_sample=config.do_sample is not False, generator=generator
+        )
         times = self._sampling_times(num_new, config)
-        canvas, trajectory = self._denoise(canvas, times, context, config, generator, streamer)
+        sequences, num_forwards = self._denoise(canvas, times, context, draw, generator, show)
+        if streamer is not None:
+            streamer.end()
         if not config.return_dict_in_generate:
-            return canvas
+            return sequences
         return TDLMGenerateOutput(
-            sequences=canvas,
-            num_forwards=(len(times) - 1) * self.law.jumps_per_step,
+            sequences=sequences,
+            num_forwards=num_forwards,
             trajectory=torch.stack(trajectory) if trajectory else None,
             timesteps=torch.tensor(times) if trajectory else None,
         )
+
+    def _absorbed_canvas(self, input_ids: torch.Tensor, num_new: int) -> torch.Tensor:
+        """(B, P) prompts -> the canvas at t = 1: the prompts and `num_new` roots."""
+        return torch.nn.functional.pad(input_ids, (0, num_new), value=self.tree.root_id)
 
     # ---- the reverse process ----
 
@@ -163,60 +181,48 @@ class TDLMGenerationMixin:
         canvas: torch.Tensor,
         times: list[float],
         context: dict[str, Any],
-        config: TDLMGenerationConfig,
+        draw: Callable[[torch.Tensor], torch.Tensor],
         generator: torch.Generator | None,
-        streamer: BaseStreamer | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, L) canvas with absorbed positions -> (B, L) token ids, and the canvases on the way if asked for."""
+        show: Callable[[torch.Tensor], None],
+    ) -> tuple[torch.Tensor, int]:
+        """(B, L) canvas with absorbed positions -> (B, L) token ids and the number of forward passes."""
         steps = list(itertools.pairwise(times))
-        posteriors = [self.law.posterior(s, t) for t, s in steps]
         # All step laws go to the device at once: a copy inside the loop would wait for it.
-        posteriors_T = torch.stack(posteriors).to(canvas.device)
+        posteriors_T = torch.stack([self.law.posterior(s, t) for t, s in steps]).to(canvas.device)
         times_T = torch.tensor(times, dtype=torch.float64).to(canvas.device)
-        levels = [self._active_levels(posterior, t) for posterior, (t, _) in zip(posteriors, steps, strict=True)]
-        waits_for = self.law.levels_of_jump().to(canvas.device)
-        draw_child = partial(
-            _draw_child, warpers=_warpers(config), do_sample=config.do_sample is not False, generator=generator
-        )
         heights = self.tree.node_height(canvas)
-        trajectory = [canvas] if config.output_trajectory else []
+        num_forwards = 0
         for step in range(len(steps)):
-            u = draw_uniforms(canvas.shape, generator, canvas.device, torch.float64)
+            u = self.one_per_unit(draw_uniforms(canvas.shape, generator, canvas.device, torch.float64))
             target = self.law.sample_posterior(heights, posteriors_T[step], u)
-            for _ in range(self.law.jumps_per_step):
-                moves_LBL = [(target < heights) & waits_for[heights, level] for level in levels[step]]
+            for jump in range(self.law.jumps_per_step):
+                # A position that makes several jumps in one step makes the later ones in sight of the earlier.
+                if jump > 0 and not bool((target < heights).any()):
+                    break
                 hidden_BLD = self.model(canvas, times_T[step].expand(len(canvas)), **context).last_hidden_state
-                for level, moves in zip(levels[step], moves_LBL, strict=True):
-                    canvas = self._descend(canvas, moves, hidden_BLD, draw_child)
-                    heights = torch.where(moves, level, heights)
-            if config.output_trajectory:
-                trajectory.append(canvas)
-            if streamer is not None:
-                streamer.put(canvas)
-        if streamer is not None:
-            streamer.end()
+                canvas, heights = self._jump(canvas, heights, target, hidden_BLD, draw)
+                num_forwards += 1
+            show(canvas)
         assert int(heights.max()) == 0, "a position is left above a leaf"
-        return canvas, trajectory
+        return canvas, num_forwards
 
-    def _descend(
-        self, canvas: torch.Tensor, moves: torch.Tensor, hidden_BLD: torch.Tensor, draw_child: Callable
-    ) -> torch.Tensor:
-        """Replace the nodes at `moves` by a child of theirs.
-
-        No data-dependent shapes, which would wait for the device: other positions are scored too and left alone.
-        """
-        parents = canvas.masked_fill(~moves, self.tree.root_id)
-        slots = draw_child(self.child_log_probs(hidden_BLD, parents).flatten(0, 1)).view_as(canvas)
-        return torch.where(moves, self.tree.child(parents, slots), canvas)
-
-    def _active_levels(self, posterior: torch.Tensor, t: float) -> list[int]:
-        """Levels that a step can draw children for, from the top: those below a height it may leave."""
-        m_t = self.law.height_probabilities(torch.tensor(t, dtype=torch.float64))
-        active: set[int] = set()
-        for lower, upper in self.law.jumps:
-            if m_t[upper] > 0 and posterior[upper, :upper].sum() > 0:
-                active.update(range(lower, upper))
-        return sorted(active, reverse=True)
+    def _jump(
+        self,
+        canvas: torch.Tensor,
+        heights: torch.Tensor,
+        target: torch.Tensor,
+        hidden_BLD: torch.Tensor,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One jump of every position above its target, child by child, all from one hidden state."""
+        goal = torch.where(target < heights, self.law.lower_heights().to(canvas.device)[heights], heights)
+        for _ in range(self.law.longest_jump):
+            moves = goal < heights
+            slots = self.head.draw_slots(hidden_BLD, canvas, draw, self.tree, self.model.embed_nodes.weight)
+            parents = canvas.masked_fill(~moves, self.tree.root_id)  # the others are looked up in vain
+            canvas = torch.where(moves, self.tree.child(parents, slots), canvas)
+            heights = heights - moves.long()
+        return canvas, heights
 
     # ---- preparing ----
 
@@ -246,10 +252,10 @@ class TDLMGenerationMixin:
             input_ids, attention_mask = torch.zeros(1, 0, dtype=torch.int64), None
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; prompts must be (batch, length).")
-        if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= self.tree.vocab_size):
+        if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size):
             raise ValueError(
                 f"prompt ids {int(input_ids.min())}..{int(input_ids.max())} are outside the vocabulary, "
-                f"0..{self.tree.vocab_size - 1}. Prompts are token ids, not node ids."
+                f"0..{self.config.vocab_size - 1}. Prompts are token ids, not node ids."
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
@@ -327,9 +333,9 @@ def _draw_child(
     cumulative = scores_RK.to(torch.float64).softmax(-1).cumsum(-1)
     u = draw_uniforms(scores_RK.shape[:1], generator, scores_RK.device, torch.float64)
     slots = (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
-    # Only rounding could point behind the last child, where a parallel sum need not be monotonic.
-    num_children = (log_probs_RK > float("-inf")).sum(-1)
-    return torch.minimum(slots, num_children - 1)
+    # Only rounding could point behind the last class that there is, where a parallel sum need not be monotonic.
+    places = torch.arange(log_probs_RK.shape[1], device=log_probs_RK.device)
+    return torch.minimum(slots, places.where(log_probs_RK > float("-inf"), 0).amax(-1))
 
 
 __all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin"]

@@ -7,6 +7,7 @@ R rows: (position, level) pairs that are scored.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tdlm import TDLMConfig
 from .generation_tdlm import TDLMGenerationConfig, TDLMGenerationMixin
-from .heads_tdlm import HEADS, TiedHead
-from .process_tdlm import LAWS, TRAINING_FLOOR, HeightLaw, draw_uniforms, low_discrepancy_times
+from .heads_tdlm import HEADS, Head, NodeHead, TiedHead, VocabHead
+from .process_tdlm import LAWS, TRAINING_FLOOR, HeightLaw, draw_uniforms, level_weights, low_discrepancy_times
 from .vocab_tree_tdlm import VocabTree
 
 IGNORE_INDEX = -100
@@ -41,14 +42,15 @@ AUTO_MAP = {
 @dataclass
 class TDLMOutput(ModelOutput):
     """
-    Output of [`TDLMForDiffusionLM`].
+    Output of [`TDLMForDiffusionLM`] and [`MDMPrimeForDiffusionLM`], whose levels are its digits.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`): in training the weighted loss, otherwise an unbiased estimate of the
             NELBO; nats per scored token.
         log_probs (`torch.FloatTensor` of shape `(batch, length, branching_factor)`): log-probabilities of the children
-            of the node at each position; -inf for absent children, so everywhere at a leaf. `None` when there is a
-            loss: the head then runs only on the rows that are scored.
+            of the node at each position; -inf for absent children, so everywhere at a leaf. Of MDM-Prime, `(batch,
+            length, num_digits, base)`: of the values of each masked digit. `None` when there is a loss: the head then
+            runs only on the rows that are scored.
         level_losses (`torch.FloatTensor` of shape `(height,)`): the terms of `loss` by level; they sum to it.
         level_nelbo (`torch.FloatTensor` of shape `(batch, height)`): evaluation only, nats per sequence by level.
         num_tokens (`torch.LongTensor` of shape `(batch,)`): evaluation only, scored tokens in each sequence.
@@ -236,6 +238,7 @@ class TDLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": TDLMBlock, "attentions": TDLMAttention}
+    _auto_map = AUTO_MAP
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -245,15 +248,17 @@ class TDLMPreTrainedModel(PreTrainedModel):
             _zero(module.modulation)
         elif isinstance(module, TDLMModel):
             _zero(module.final_modulation)
-        elif isinstance(module, TiedHead):
+        elif isinstance(module, (TiedHead, VocabHead)):
             init.zeros_(module.bias)
+            if isinstance(module, (NodeHead, VocabHead)) and module.weight is not None:
+                init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, VocabTree):
             module.init_weights()
 
     def save_pretrained(self, *args, **kwargs):
         if self._auto_class is not None:
             # Every class of the package, not only the saved one: AutoModel must find the backbone of a full checkpoint.
-            self.config.auto_map = dict(AUTO_MAP)
+            self.config.auto_map = dict(self._auto_map)
         return super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -334,44 +339,64 @@ class TDLMModel(TDLMPreTrainedModel):
 # ---- the diffusion language model ----
 
 
-class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
-    """A tree-structured diffusion language model: backbone, vocabulary tree, law of heights, child head.
-
-    Its loss is a sum of in-level child classifications (Thm 3.4, Cor. 3.5): without a clip a true upper bound on
-    the negative log-likelihood for any head and law.
-    """
+class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
+    """What a tree model and [`MDMPrimeForDiffusionLM`] share: two losses around their own noise and scores."""
 
     generation_config_class = TDLMGenerationConfig
+    noise_draws_per_token = 1  # uniforms that `noise` needs for each token
+    vocabulary_module: str  # the submodule that says what the tokens are: `validate`, `check_tokenizer`, `vocab_hash`
 
-    def __init__(self, config: TDLMConfig, tree: VocabTree | None = None):
-        super().__init__(config)
-        self.model = TDLMModel(config)
-        self.head = HEADS[config.head_type](config)
-        shape = config.tree_shape
-        if tree is not None and (tree.nodes_per_height, tree.branching_factor) != shape:
-            raise ValueError(
-                f"the tree has nodes_per_height={tree.nodes_per_height} and branching_factor={tree.branching_factor}, "
-                f"the config {shape[0]} and {shape[1]}. Make the config with `TDLMConfig.for_tree(tree)`."
-            )
-        self.tree = VocabTree(*shape)
-        self.law: HeightLaw = LAWS[config.law].from_config(config)
-        self.post_init()
-        if tree is not None:
-            self.tree.load_state_dict(tree.state_dict())
+    @abstractmethod
+    def child_log_probs(self, hidden_BLD: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+        """Hidden states and the canvas they come from -> log-probabilities of what each position may become."""
 
-    # ---- loading: a tree from a stranger is validated before it is used ----
+    @abstractmethod
+    def noise(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, L) clean token ids, labels, (B,) times, (B, L * noise_draws_per_token) uniforms -> z_t ~ q(. | x)."""
+
+    @abstractmethod
+    def level_losses(
+        self,
+        hidden_BLD: torch.Tensor,
+        z_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """-> (H,) in-level terms of the weighted loss, nats per item."""
+
+    @abstractmethod
+    def _nelbo_draw(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        u_B: torch.Tensor,
+        generator: torch.Generator | None,
+        **context: Any,
+    ) -> torch.Tensor:
+        """One draw of the jump-conditioned estimator of the bound -> (B, H) nats per sequence and level."""
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise `ValueError` if the model was made for another vocabulary."""
+        getattr(self, self.vocabulary_module).check_tokenizer(tokenizer)
+
+    # ---- loading: a vocabulary table from a stranger is validated before it is used ----
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         return_info = kwargs.pop("output_loading_info", False)
         loading = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("tree."))
+        name = cls.vocabulary_module
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(f"{name}."))
         if missing:
-            raise ValueError(f"{pretrained_model_name_or_path} holds no complete vocabulary tree: {missing} missing.")
-        if not model.tree.ancestors.is_meta:
-            model.tree.validate()
-            _check_saved_tokenizer(model.tree, pretrained_model_name_or_path, loading)
+            raise ValueError(f"{pretrained_model_name_or_path} holds no complete vocabulary {name}: {missing} missing.")
+        vocabulary = getattr(model, name)
+        if not vocabulary.vocab_hash.is_meta:
+            vocabulary.validate()
+            _check_saved_tokenizer(vocabulary, pretrained_model_name_or_path, loading)
         return (model, info) if return_info else model
 
     # ---- forward ----
@@ -422,13 +447,6 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def child_log_probs(self, hidden_BLD: torch.Tensor, node_ids_BL: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) hidden states, (B, L) node ids -> (B, L, K) log-probabilities of children; -inf at leaves."""
-        is_leaf = node_ids_BL < self.tree.vocab_size
-        node_ids_R = node_ids_BL.masked_fill(is_leaf, self.tree.root_id).flatten()
-        log_probs = self.head(hidden_BLD.flatten(0, 1), node_ids_R, self.tree, self.model.embed_nodes.weight)
-        return log_probs.unflatten(0, node_ids_BL.shape).masked_fill(is_leaf[..., None], float("-inf"))
-
     # ---- training loss ----
 
     def _noise(
@@ -437,52 +455,8 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         """Clean ids and labels -> z_t and low-discrepancy times."""
         B, device = input_ids.shape[0], input_ids.device
         t = low_discrepancy_times(draw_uniforms((), generator, device), torch.arange(B, device=device), total=B)
-        return self.noise(input_ids, labels, t, draw_uniforms(input_ids.shape, generator, device)), t
-
-    def noise(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, uniforms: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, L) clean token ids, labels, (B,) times, (B, L) uniforms -> (B, L) node ids z_t ~ q(. | x). Lemma 3.1."""
-        heights = self.law.sample_heights(t, uniforms)
-        return self.tree.ancestor(input_ids, heights * (labels != IGNORE_INDEX))
-
-    def level_losses(
-        self,
-        hidden_BLD: torch.Tensor,
-        z_t: torch.Tensor,
-        timesteps: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """-> (H,) in-level terms of the weighted loss, nats per item. Thm 3.4, weights floored and clipped."""
-        heights = self.tree.node_height(z_t)
-        scored = labels != IGNORE_INDEX
-        floor, clip = (TRAINING_FLOOR, self.config.loss_weight_clip) if self.training else (0.0, None)
-        weights = self.law.position_weights(timesteps, heights, floor)
-        weights = weights if clip is None else weights.clamp(max=clip)
-        is_scored_HBL = self.law.levels_of_jump().to(z_t.device)[heights].movedim(-1, 0) & scored
-        level_R, position_R, nll_R = self._path_nll(hidden_BLD, labels, is_scored_HBL)
-        weights_R = weights.flatten()[position_R].to(nll_R.dtype)
-        losses = nll_R.new_zeros(self.tree.height).index_add(0, level_R, nll_R * weights_R)
-        return losses / (scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-
-    def _path_nll(
-        self, hidden_BLD: torch.Tensor, x_0: torch.Tensor, is_scored_HBL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Which (level, position) pairs to score -> (R,) levels, (R,) flat positions, (R,) -log p(child on x_0's path).
-
-        All levels of one position are scored from its one hidden state, each below the node on the true path.
-        """
-        level_R, position_R = is_scored_HBL.flatten(1).nonzero(as_tuple=True)
-        token_R = x_0.flatten()[position_R]
-        nll_R = self.head.nll(
-            hidden_BLD.flatten(0, 1).index_select(0, position_R),
-            self.tree.ancestor(token_R, level_R + 1),
-            self.tree.child_slot(token_R, level_R),
-            self.tree,
-            self.model.embed_nodes.weight,
-        )
-        return level_R, position_R, nll_R
+        shape = (B, input_ids.shape[1] * self.noise_draws_per_token)
+        return self.noise(input_ids, labels, t, draw_uniforms(shape, generator, device)), t
 
     # ---- the bound ----
 
@@ -530,35 +504,6 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
             num_tokens=(labels != IGNORE_INDEX).sum(1),
         )
 
-    def _nelbo_draw(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        u_B: torch.Tensor,
-        generator: torch.Generator | None,
-        **context: Any,
-    ) -> torch.Tensor:
-        """One draw of the jump-conditioned estimator -> (B, H) nats per sequence and level."""
-        device = input_ids.device
-        scored = labels != IGNORE_INDEX
-        t, jump = self.law.sample_jump_times(u_B)
-        lower, upper = torch.tensor(self.law.jumps, device=device)[jump].T
-        heights = self.law.sample_heights(t, draw_uniforms(input_ids.shape, generator, device))
-        jumper = torch.where(scored, draw_uniforms(input_ids.shape, generator, device), -1.0).argmax(1, keepdim=True)
-        heights = heights.scatter(1, jumper, upper[:, None]) * scored
-        hidden_BLD = self.model(self.tree.ancestor(input_ids, heights), t, **context).last_hidden_state
-        waits = (heights == upper[:, None]) & scored
-        level_H = torch.arange(self.tree.height, device=device)[:, None, None]
-        is_scored_HBL = waits & (level_H >= lower[:, None]) & (level_H < upper[:, None])
-        level_R, position_R, nll_R = self._path_nll(hidden_BLD, labels, is_scored_HBL)
-        sequence_R = position_R // input_ids.shape[1]
-        sums_BH = nll_R.new_zeros(len(input_ids), self.tree.height).index_put(
-            (sequence_R, level_R), nll_R, accumulate=True
-        )
-        # scored / waiting: the mean over the waiting positions stands for every position of the sequence.
-        scale_B = len(self.law.jumps) * scored.sum(1) / waits.sum(1).clamp(min=1)
-        return sums_BH * scale_B[:, None]
-
     def _evaluation_output(
         self,
         input_ids: torch.Tensor,
@@ -581,17 +526,144 @@ class TDLMForDiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin):
         )
 
 
+class TDLMForDiffusionLM(DiffusionLM):
+    """A tree-structured diffusion language model: backbone, vocabulary tree, law of heights, head.
+
+    Its loss is a sum of in-level child classifications (Thm 3.4, Cor. 3.5): without a clip and level weights a true
+    upper bound on the negative log-likelihood, for any head and law.
+    """
+
+    vocabulary_module = "tree"
+
+    def __init__(self, config: TDLMConfig, tree: VocabTree | None = None):
+        super().__init__(config)
+        self.model = TDLMModel(config)
+        self.head: Head = HEADS[config.head_type](config)
+        shape = config.tree_shape
+        if tree is not None and (tree.nodes_per_height, tree.branching_factor) != shape:
+            raise ValueError(
+                f"the tree has nodes_per_height={tree.nodes_per_height} and branching_factor={tree.branching_factor}, "
+                f"the config {shape[0]} and {shape[1]}. Make the config with `TDLMConfig.for_tree(tree)`."
+            )
+        self.tree = VocabTree(*shape)
+        self.law: HeightLaw = LAWS[config.law].from_config(config)
+        # Positions that jump as one.
+        self.jump_unit = config.neighborhood_size if config.neighborhood_jumps == "synchronous" else 1
+        self.post_init()
+        if tree is not None:
+            self.tree.load_state_dict(tree.state_dict())
+
+    def child_log_probs(self, hidden_BLD: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) hidden states, (B, L) node ids -> (B, L, K) log-probabilities of children; -inf at leaves."""
+        return self.head.log_probs(hidden_BLD, z_t, self.tree, self.model.embed_nodes.weight)
+
+    # ---- training loss ----
+
+    def noise(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, L) clean token ids, labels, (B,) times, (B, L) uniforms -> (B, L) node ids z_t ~ q(. | x). Lemma 3.1."""
+        heights = self.law.sample_heights(t, self.one_per_unit(uniforms))
+        return self.tree.ancestor(input_ids, heights * (labels != IGNORE_INDEX))
+
+    def one_per_unit(self, values_BL: torch.Tensor) -> torch.Tensor:
+        """(B, L) -> (B, L) in which positions that jump as one have the value of their first."""
+        return values_BL[:, self._unit_of_position(values_BL) * self.jump_unit]
+
+    def _unit_of_position(self, values_BL: torch.Tensor) -> torch.Tensor:
+        return torch.arange(values_BL.shape[1], device=values_BL.device) // self.jump_unit
+
+    def _count_units(self, mask_BL: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool -> (B,) units with a position in the mask."""
+        padded = F.pad(mask_BL, (0, -mask_BL.shape[1] % self.jump_unit))
+        return padded.unflatten(1, (-1, self.jump_unit)).any(-1).sum(1)
+
+    def level_losses(
+        self,
+        hidden_BLD: torch.Tensor,
+        z_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """-> (H,) in-level terms of the loss, nats per item. Thm 3.4; in training floored, clipped, level-weighted."""
+        level_R, _, loss_R = self.weighted_nll(hidden_BLD, z_t, timesteps, labels)
+        losses = loss_R.new_zeros(self.tree.height).index_add(0, level_R, loss_R)
+        num_items = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return losses / num_items
+
+    def weighted_nll(
+        self, hidden_BLD: torch.Tensor, z_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> (R,) levels, (R,) flat positions, (R,) terms `r_h(t) * -log p(child)` of the loss, nats. Thm 3.4."""
+        heights = self.tree.node_height(z_t)
+        weights = self.law.position_weights(timesteps, heights, TRAINING_FLOOR if self.training else 0.0)
+        if self.training and self.config.loss_weight_clip is not None:
+            weights = weights.clamp(max=self.config.loss_weight_clip)
+        scored = (labels != IGNORE_INDEX) & (weights > 0)  # a position whose level does not run at t costs no head
+        is_scored_HBL = self.law.levels_of_jump().to(z_t.device)[heights].movedim(-1, 0) & scored
+        level_R, position_R, nll_R = self._path_nll(hidden_BLD, z_t, labels, is_scored_HBL)
+        weights_R = weights.flatten()[position_R]
+        if self.training:
+            by_level = level_weights(self.config.level_weighting, self.config.level_weighting_scale, self.tree.height)
+            weights_R = weights_R * by_level.to(weights_R.device)[level_R]
+        return level_R, position_R, nll_R * weights_R.to(nll_R.dtype)
+
+    def _path_nll(
+        self, hidden_BLD: torch.Tensor, z_t: torch.Tensor, x_0: torch.Tensor, is_scored_HBL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which (level, position) pairs to score -> (R,) levels, (R,) flat positions, (R,) -log p(child on x_0's path).
+
+        All levels of one position are scored from its one hidden state, each below the node on the true path.
+        """
+        return self.head.path_nll(hidden_BLD, z_t, x_0, is_scored_HBL, self.tree, self.model.embed_nodes.weight)
+
+    # ---- the bound ----
+
+    def _nelbo_draw(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        u_B: torch.Tensor,
+        generator: torch.Generator | None,
+        **context: Any,
+    ) -> torch.Tensor:
+        """One draw of the jump-conditioned estimator -> (B, H) nats per sequence and level."""
+        device = input_ids.device
+        scored = labels != IGNORE_INDEX
+        t, jump = self.law.sample_jump_times(u_B)
+        lower, upper = torch.tensor(self.law.jumps, device=device)[jump].T
+        u_heights, u_jumper = (self.one_per_unit(draw_uniforms(input_ids.shape, generator, device)) for _ in range(2))
+        heights = self.law.sample_heights(t, u_heights)
+        unit_L = self._unit_of_position(heights)
+        jumper_B = unit_L[torch.where(scored, u_jumper, -1.0).argmax(1)]
+        heights = torch.where(unit_L == jumper_B[:, None], upper[:, None], heights) * scored
+        z_t = self.tree.ancestor(input_ids, heights)
+        hidden_BLD = self.model(z_t, t, **context).last_hidden_state
+        waits = (heights == upper[:, None]) & scored
+        level_H = torch.arange(self.tree.height, device=device)[:, None, None]
+        is_scored_HBL = waits & (level_H >= lower[:, None]) & (level_H < upper[:, None])
+        level_R, position_R, nll_R = self._path_nll(hidden_BLD, z_t, labels, is_scored_HBL)
+        sequence_R = position_R // input_ids.shape[1]
+        sums_BH = nll_R.new_zeros(len(input_ids), self.tree.height).index_put(
+            (sequence_R, level_R), nll_R, accumulate=True
+        )
+        # scored / waiting: the mean over the waiting units stands for every unit of the sequence.
+        scale_B = len(self.law.jumps) * self._count_units(scored) / self._count_units(waits).clamp(min=1)
+        return sums_BH * scale_B[:, None]
+
+
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def _check_saved_tokenizer(tree: VocabTree, name_or_path: Any, hub_arguments: dict[str, Any]) -> None:
-    """If a fast tokenizer lies beside the weights, it must be the one the tree was built for."""
-    if name_or_path is None or not tree.vocab_hash.any():
+def _check_saved_tokenizer(vocabulary: Any, name_or_path: Any, hub_arguments: dict[str, Any]) -> None:
+    """If a fast tokenizer lies beside the weights, it must be the one the model was made for."""
+    if name_or_path is None or not vocabulary.vocab_hash.any():
         return
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(name_or_path, "tokenizer.json", **hub_arguments, **optional)
     if path is not None:
-        tree.check_tokenizer(PreTrainedTokenizerFast(tokenizer_file=path))
+        vocabulary.check_tokenizer(PreTrainedTokenizerFast(tokenizer_file=path))
 
 
-__all__ = ["TDLMForDiffusionLM", "TDLMModel", "TDLMNelboOutput", "TDLMOutput", "TDLMPreTrainedModel"]
+__all__ = ["DiffusionLM", "TDLMForDiffusionLM", "TDLMModel", "TDLMNelboOutput", "TDLMOutput", "TDLMPreTrainedModel"]

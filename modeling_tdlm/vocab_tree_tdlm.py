@@ -137,6 +137,14 @@ class VocabTree(nn.Module):
         slots = torch.arange(self.branching_factor, device=node_ids.device)
         return slots < self.child_counts[node_ids - self.vocab_size, None]
 
+    def first_leaf(self, node_ids: torch.Tensor) -> torch.Tensor:
+        """(...) node ids -> (...) token ids: the leaf reached by first children, the node itself for a token."""
+        for _ in range(self.height):
+            internal = node_ids >= self.vocab_size
+            first_child = self.child_ids[(node_ids - self.vocab_size).clamp(min=0), 0]
+            node_ids = torch.where(internal, first_child, node_ids)
+        return node_ids
+
     def node_height(self, node_ids: torch.Tensor) -> torch.Tensor:
         """(...) node ids -> (...) heights."""
         heights = torch.zeros_like(node_ids)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scipy import stats
-from tiny import SIX_LEAVES, Source, bayes_model, chi_square_p, tiny_model
+from tiny import SIX_LEAVES, Source, bayes_sampler, chi_square_p, tiny_model
 from transformers import GenerationConfig
 
 from tdlm import TDLMGenerationConfig, VocabTree
@@ -13,33 +13,56 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+LAWS = {
+    "sequential-linear": {"law": "sequential", "schedule": "linear"},
+    "sequential-cosine": {"law": "sequential", "schedule": "cosine"},
+    "concurrent-linear": {"law": "concurrent", "schedule": "linear"},
+    "concurrent-cosine": {"law": "concurrent", "schedule": "cosine"},
+    "direct-linear": {"law": "direct", "schedule": "linear"},
+    "direct-cosine": {"law": "direct", "schedule": "cosine"},
+    "joint-independent": {"head_type": "joint", "neighborhood_jumps": "independent"},
+}
 # Steps enough that two positions all but never jump in one step: the reverse process of one position a step, exact.
+STEPS = {"sequential": 3 * 300, "concurrent": 500, "direct": 500}
+
+
 @pytest.mark.parametrize(
-    "fields", [{"schedule": "linear"}, {"schedule": "cosine"}], ids=lambda fields: fields["schedule"]
+    "fields", [pytest.param(LAWS[name], id=name, marks=[pytest.mark.slow] * ("cosine" in name)) for name in LAWS]
 )
 def test_samples_of_the_bayes_denoiser_have_the_law_of_the_source(fields):
     source = Source(VocabTree.from_nested(SIX_LEAVES))
-    model = bayes_model(source, **fields)
+    model = bayes_sampler(source, **fields)
+    steps = STEPS[model.config.law]
     draws = model.generate(
-        max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3 * 400, generator=seeded()
+        max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=steps, generator=seeded()
     )
     assert chi_square_p(source, draws) > 0.01
 
 
-def test_few_steps_do_not_have_the_law_of_the_source():
-    """The same statistic sees the independence error of one step a level: the test above can fail."""
+@pytest.mark.parametrize("name", ["sequential-linear", "concurrent-linear", "direct-linear"])
+def test_few_steps_do_not_have_the_law_of_the_source(name):
+    """The same statistic sees the independence error of very few steps: the test above can fail."""
     source = Source(VocabTree.from_nested(SIX_LEAVES))
-    draws = bayes_model(source).generate(
+    draws = bayes_sampler(source, **LAWS[name]).generate(
         max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3, generator=seeded()
     )
     assert chi_square_p(source, draws) < 1e-6
+
+
+def test_a_joint_draw_has_no_independence_error():
+    """A neighborhood that jumps as one has the law of the source in as few steps as there are levels."""
+    source = Source(VocabTree.from_nested(SIX_LEAVES))
+    draws = bayes_sampler(source, head_type="joint", neighborhood_jumps="synchronous").generate(
+        max_new_tokens=2, num_return_sequences=100_000, num_denoising_steps=3, generator=seeded()
+    )
+    assert chi_square_p(source, draws) > 0.01
 
 
 def test_a_prompt_conditions_the_rest():
     """Given the first token, the second has the source's conditional distribution."""
     source = Source(VocabTree.from_nested(SIX_LEAVES))
     prompt = torch.full((20_000, 1), 3)
-    draws = bayes_model(source).generate(prompt, max_new_tokens=1, num_denoising_steps=3, generator=seeded())
+    draws = bayes_sampler(source).generate(prompt, max_new_tokens=1, num_denoising_steps=3, generator=seeded())
     assert (draws[:, 0] == 3).all()
     conditional = source.p.view(6, 6)[3] / source.p.view(6, 6)[3].sum()
     observed = torch.bincount(draws[:, 1], minlength=6)
@@ -53,7 +76,48 @@ def test_only_tokens_are_left_and_the_seed_decides():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("head_type", ["shared", "tied"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 40])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_concurrent_sampling_never_leaves_a_position_above_a_leaf(eight_leaf_tree, schedule, steps):
+    model = tiny_model(eight_leaf_tree, law="concurrent", schedule=schedule)
+    output = model.generate(
+        max_new_tokens=14,
+        num_return_sequences=50,
+        num_denoising_steps=steps,
+        generator=seeded(),
+        return_dict_in_generate=True,
+        output_trajectory=True,
+    )
+    heights = eight_leaf_tree.node_height(output.trajectory)
+    assert int(output.sequences.max()) < 8 and int(heights[0].min()) == 3 and (heights.diff(dim=0) <= 0).all()
+    # One height a forward: a step in which somebody jumps twice has a second pass, three times a third.
+    most_jumps = (-heights.diff(dim=0)).flatten(1).amax(1)
+    assert output.num_forwards == int(most_jumps.clamp(min=1).sum()) <= 3 * steps
+
+
+def test_a_direct_jump_ends_at_a_token(eight_leaf_tree):
+    model = tiny_model(eight_leaf_tree, law="direct")
+    output = model.generate(
+        max_new_tokens=12,
+        num_denoising_steps=6,
+        generator=seeded(),
+        return_dict_in_generate=True,
+        output_trajectory=True,
+    )
+    assert set(eight_leaf_tree.node_height(output.trajectory).unique().tolist()) == {0, 3}
+    assert output.num_forwards == 6
+
+
+@pytest.mark.parametrize("jumps", ["synchronous", "independent"])
+def test_neighborhoods_may_straddle_a_prompt_and_the_end(eight_leaf_tree, jumps):
+    model = tiny_model(eight_leaf_tree, head_type="joint", neighborhood_size=3, neighborhood_jumps=jumps)
+    prompt = torch.tensor([[7, 1, 4, 2]])
+    draws = model.generate(prompt, max_new_tokens=7, num_denoising_steps=9, num_return_sequences=20, generator=seeded())
+    assert draws.shape == (20, 11) and (draws[:, :4] == prompt).all() and int(draws.max()) < 8
+    assert torch.isfinite(model.nelbo(draws, labels=draws.masked_fill(torch.arange(11) < 4, -100)).nelbo).all()
+
+
+@pytest.mark.parametrize("head_type", ["shared", "tied", "node", "vocab", "joint"])
 @pytest.mark.parametrize("steps", [{"steps_per_level": [1, 5, 2]}, {"num_denoising_steps": 7}, {}])
 def test_every_position_becomes_a_token_whatever_the_steps(eight_leaf_tree, head_type, steps):
     model = tiny_model(eight_leaf_tree, head_type=head_type, time_conditioning=True)

@@ -80,7 +80,8 @@ def test_training_clips_the_weight_and_evaluation_never_does(tree):
 
 def test_training_draws_noise_from_the_generator_and_trains_a_plain_loop(tree):
     model = tiny_model(tree).train()
-    x = torch.randint(0, 50, (1, 12), generator=seeded()).expand(8, 12)
+    # One token throughout: positions are relative, so which token stands where on an empty canvas is no easy task.
+    x = torch.full((8, 12), 7)
     loss = [float(model(input_ids=x, labels=x, generator=seeded(s)).loss.detach()) for s in (0, 0, 1)]
     assert loss[0] == loss[1] != loss[2]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -246,7 +247,18 @@ def test_bf16_models_train_and_evaluate(tree):
     [
         ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30 must be an even multiple"),
         ({"hidden_size": 6, "num_attention_heads": 2}, "rotary positions need an even head size"),
-        ({"head_type": "big"}, r"head_type='big' is not one of \['shared', 'tied'\]"),
+        ({"head_type": "big"}, r"head_type='big' is not one of \['joint', 'node', 'shared', 'tied', 'vocab'\]"),
+        ({"law": "direct", "head_type": "shared"}, "law='direct' scores a whole path .* head_type='shared' cannot"),
+        ({"law": "concurrent", "thresholds": [0.0, 0.2, 0.6, 1.0]}, "law='concurrent' has no thresholds"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True is for head_type='vocab', not 'tied'"),
+        ({"level_weighting": "cubic"}, r"level_weighting='cubic' is not one of \['exponential', 'linear'\]"),
+        ({"level_weighting": "linear", "level_weighting_scale": -1.0}, "level_weighting_scale=-1.0 must be above -1"),
+        ({"head_type": "joint", "law": "concurrent"}, "head_type='joint' needs law='sequential', not 'concurrent'"),
+        ({"neighborhood_size": 2}, "neighborhood_size=2 needs head_type='joint', not 'tied'"),
+        ({"neighborhood_size": 0}, "neighborhood_size=0 must be at least 1"),
+        ({"head_type": "joint", "neighborhood_size": 11}, "neighborhood_size=11 give 4194304 joint classes, more than"),
+        ({"neighborhood_pooling": "max"}, "neighborhood_pooling='max' is not one of"),
+        ({"neighborhood_jumps": "random"}, "neighborhood_jumps='random' is not one of"),
         ({"law": "chaos"}, "law='chaos' is not one of"),
         ({"schedule": "cubic"}, "schedule='cubic' is not one of"),
         ({"thresholds": [0.0, 1.0]}, "thresholds=.* must be 4 increasing times"),
@@ -286,3 +298,55 @@ def test_a_backbone_is_what_automodel_gives(tree, tmp_path):
     assert isinstance(backbone, TDLMModel)
     z = torch.randint(0, tree.num_nodes, (1, 4), generator=seeded())
     torch.testing.assert_close(backbone(z).last_hidden_state, model.model(z).last_hidden_state)
+
+
+def test_level_weights_act_in_training_alone(tree):
+    """App. D: the terms of the levels are multiplied, the bound is not touched."""
+    x, t = torch.randint(0, 50, (40, 7), generator=seeded()), torch.linspace(0.01, 0.99, 40, dtype=torch.float64)
+    outputs = {}
+    for weighting in (None, "linear"):
+        model = tiny_model(tree, level_weighting=weighting, level_weighting_scale=4.0)
+        z_t = model.noise(x, x, t, torch.rand(40, 7, generator=seeded()))
+        arguments = {"input_ids": z_t, "timesteps": t, "labels": x}
+        outputs[weighting] = (model.train()(**arguments).level_losses, model.eval()(**arguments).level_losses)
+    expected = torch.tensor([1.0, 3.0, 5.0]) / 3
+    torch.testing.assert_close(outputs["linear"][0] / outputs[None][0], expected)
+    assert torch.equal(outputs["linear"][1], outputs[None][1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"law": "concurrent"},
+        {"law": "direct", "head_type": "node"},
+        {"law": "concurrent", "head_type": "vocab", "schedule": "cosine"},
+        {"head_type": "vocab", "tie_word_embeddings": True},
+        {"head_type": "joint", "neighborhood_size": 2, "neighborhood_jumps": "independent"},
+        {"thresholds": [0.0, 0.2, 0.6, 1.0], "level_weighting": "exponential", "level_weighting_scale": 2.0},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_a_checkpoint_carries_the_law_the_head_and_their_fields(tree, fields, tmp_path):
+    """Saved and loaded: the same configuration, the same bits in a loss, in training and evaluation."""
+    model = tiny_model(tree, **fields)
+    model.save_pretrained(tmp_path)
+    loaded = TDLMForDiffusionLM.from_pretrained(tmp_path)
+    assert {name: getattr(loaded.config, name) for name in fields} == fields
+    assert type(loaded.law) is type(model.law) and type(loaded.head) is type(model.head)
+    x = torch.randint(0, 50, (4, 12), generator=seeded())
+    for mode in (True, False):
+        losses = [m.train(mode)(input_ids=x, labels=x, generator=seeded()).loss for m in (model, loaded)]
+        assert torch.equal(*losses) and bool(torch.isfinite(losses[0]))
+
+
+def test_gradients_of_every_head_and_law_are_finite_and_reach_the_head(tree):
+    x = torch.randint(0, 50, (32, 12), generator=seeded())
+    combinations = [("concurrent", head) for head in ("shared", "tied", "node", "vocab")]
+    combinations += [("direct", head) for head in ("tied", "node", "vocab")] + [("sequential", "joint")]
+    for law, head_type in combinations:
+        model = tiny_model(tree, law=law, head_type=head_type).train()
+        model(input_ids=x, labels=x, generator=seeded()).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None or "time_embedding" in name, name
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), (law, head_type, name)
+        assert all(float(parameter.grad.abs().sum()) > 0 for parameter in model.head.parameters())

@@ -170,7 +170,7 @@ def test_a_model_that_is_no_tree_diffusion_model_is_refused(tmp_path):
 
     config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     trainer = TDLMTrainer(LlamaForCausalLM(config), TDLMTrainingArguments(output_dir=str(tmp_path), report_to=[]))
-    with pytest.raises(ValueError, match="trains models of type 'tdlm', not LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="trains models of type tdlm or mdm_prime, not LlamaForCausalLM"):
         trainer._noise([])
 
 

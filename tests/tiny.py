@@ -5,11 +5,11 @@ import itertools
 import torch
 from scipy import stats
 from torch import nn
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from tdlm import TDLMConfig, TDLMForDiffusionLM, VocabTree
 from tdlm.heads_tdlm import ChildHead
-from tdlm.process_tdlm import HeightLaw, JumpSample
 
 # height 3                root (16)
 #               ____________|___________
@@ -65,84 +65,98 @@ class Source:
         return float(-(p * p.log()).sum())
 
 
-class WholePathLaw(HeightLaw):
-    """A law unlike the paper's, to test what every law shares: one jump from a token to the root, at rate 1/(1-t)."""
-
-    thresholds = (0.0, 1.0)
-
-    def __init__(self, height: int):
-        super().__init__(height)
-        self.jumps = [(0, height)]
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(config.height)
-
-    def height_probabilities(self, t):
-        m = torch.zeros(*t.shape, self.height + 1, dtype=torch.float64)
-        m[..., 0], m[..., -1] = 1 - t, t
-        return m
-
-    def kernel(self, s, t):
-        kernel = torch.eye(self.height + 1, dtype=torch.float64)
-        kernel[0, 0] = (1 - t) / (1 - s) if s < 1 else 1.0
-        kernel[0, -1] = 1 - kernel[0, 0]
-        return kernel
-
-    def reverse_rates(self, t, floor=0.0):
-        return 1 / t.to(torch.float64).clamp(min=floor)[..., None]
-
-    def sample_jump_times(self, u):
-        return JumpSample(u.to(torch.float64), torch.zeros_like(u, dtype=torch.int64))
-
-    def sampling_times(self, steps_per_level):
-        (steps,) = steps_per_level
-        return [1 - i / steps for i in range(steps)] + [0.0]
-
-    def split_steps(self, num_denoising_steps):
-        return [num_denoising_steps]
+BAYES_WIDTH = 40  # of the hidden states that carry the exact distributions, as log-masses
 
 
 class BayesBackbone(nn.Module):
-    """Node ids -> the exact p(x_i | z) over tokens, in the place of hidden states. z alone decides; t does not."""
+    """Node ids -> log p(.| z) under the source, in the place of hidden states. z alone decides; t does not.
 
-    def __init__(self, source: Source):
+    What a hidden state holds fits the head, whose matrix is the identity: the log-mass of every node (tied, node,
+    vocab), of every child of the node that stands there (shared) or of every joint class (joint).
+    """
+
+    def __init__(self, source: Source, head_type: str):
         super().__init__()
         tree, x = source.tree, source.x
-        below = torch.zeros(tree.num_nodes, tree.vocab_size, dtype=torch.bool)
+        self.tree, self.x = tree, x
+        self.below = torch.zeros(tree.num_nodes, tree.vocab_size, dtype=torch.bool)
         for height in range(tree.height + 1):
-            below[tree.ancestors[height], torch.arange(tree.vocab_size)] = True
-        possible = below[:, None, x[:, 0]] & below[None, :, x[:, 1]]  # (N, N, outcomes)
-        weights = possible * source.p
-        table = torch.zeros(tree.num_nodes, tree.num_nodes, NUM_POSITIONS, tree.vocab_size, dtype=torch.float64)
-        for position in range(NUM_POSITIONS):
-            table[:, :, position].index_add_(2, x[:, position], weights)
-        self.table = table / weights.sum(-1)[..., None, None]
-        self.embed_nodes = nn.Embedding(1, 1)  # unused; a model without parameters has no device
+            self.below[tree.ancestors[height], torch.arange(tree.vocab_size)] = True
+        z = torch.cartesian_prod(*[torch.arange(tree.num_nodes)] * NUM_POSITIONS)
+        weights = self.below[z[:, 0]][:, x[:, 0]] * self.below[z[:, 1]][:, x[:, 1]] * source.p  # (N^2, outcomes)
+        masses_of = {"joint": self._joint, "shared": self._children}.get(head_type, self._nodes)
+        masses = masses_of(z, weights / weights.sum(-1, keepdim=True))
+        features = F.pad(masses.clamp(min=1e-300).log(), (0, BAYES_WIDTH - masses.shape[-1]))
+        self.table = features.unflatten(0, (tree.num_nodes, tree.num_nodes))
+        self.embed_nodes = nn.Embedding.from_pretrained(torch.eye(tree.num_nodes, BAYES_WIDTH, dtype=torch.float64))
 
     def forward(self, input_ids, timesteps=None, **kwargs):
         return BaseModelOutput(last_hidden_state=self.table[input_ids[:, 0], input_ids[:, 1]])
 
+    def _nodes(self, z, p_outcomes):
+        tokens = F.one_hot(self.x, self.tree.vocab_size).double()  # (outcomes, positions, V)
+        return torch.einsum("bo,opv,nv->bpn", p_outcomes, tokens, self.below.double())
 
-class BayesHead(ChildHead):
-    """p(x_i | z) over tokens -> log-probabilities of the children: the mass of the leaves below each, renormalised."""
+    def _children(self, z, p_outcomes):
+        children = self.tree.child_ids[(z - self.tree.vocab_size).clamp(min=0)].clamp(min=0)
+        return self._nodes(z, p_outcomes).gather(2, children)
 
-    def __init__(self, tree: VocabTree):
-        super().__init__()
-        self.below = torch.zeros(tree.num_nodes, tree.vocab_size, dtype=torch.float64)
-        for height in range(tree.height + 1):
-            self.below[tree.ancestors[height], torch.arange(tree.vocab_size)] = 1.0
-
-    def logits(self, hidden_RD, node_ids_R, tree, embedding_ND):
-        children = tree.child_ids[node_ids_R - tree.vocab_size].clamp(min=0)
-        return torch.einsum("rv,rkv->rk", hidden_RD, self.below[children]).clamp(min=1e-300).log()
+    def _joint(self, z, p_outcomes):
+        level = (self.tree.node_height(z).amax(1) - 1).clamp(min=0)
+        slots = self.tree.child_slots[level][:, self.x]  # (B, outcomes, positions)
+        joint_class = slots[..., 0] * self.tree.branching_factor + slots[..., 1]
+        masses = torch.zeros(len(z), self.tree.branching_factor**2, dtype=torch.float64)
+        return masses.scatter_add(1, joint_class, p_outcomes)[:, None].expand(-1, NUM_POSITIONS, -1)
 
 
 def bayes_model(source: Source, **fields) -> TDLMForDiffusionLM:
-    """The package's model with the Bayes-optimal child distribution in the place of its network."""
-    model = TDLMForDiffusionLM(tiny_config(source.tree, **fields), source.tree).eval()
-    model.model = BayesBackbone(source)
-    model.head = BayesHead(source.tree)
+    """The package's model and heads, with the Bayes-optimal distribution in the place of what a network would say."""
+    if fields.get("head_type") == "joint":
+        fields = {"neighborhood_size": NUM_POSITIONS, **fields}
+    config = tiny_config(source.tree, hidden_size=BAYES_WIDTH, **fields)
+    model = TDLMForDiffusionLM(config, source.tree).eval().double()
+    model.model = BayesBackbone(source, config.head_type)
+    head = model.head
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    matrix = getattr(head, "proj", head).weight if config.head_type not in ("tied",) else None
+    if matrix is not None:
+        torch.nn.init.eye_(matrix)
+    return model
+
+
+class CachedHead(ChildHead):
+    """A head's log-probabilities for every pair of nodes, position and parent, looked up: for many draws."""
+
+    def __init__(self, model: TDLMForDiffusionLM):
+        super().__init__()
+        tree, table = model.tree, model.model.table.flatten(0, 2)
+        nodes = torch.arange(tree.vocab_size, tree.num_nodes)
+        rows = [model.head(table, node.expand(len(table)), tree, model.model.embed_nodes.weight) for node in nodes]
+        self.cache = torch.stack(rows, dim=1).detach()  # (N * N * positions, I, K)
+
+    def logits(self, hidden_RD, node_ids_R, tree, embedding_ND):
+        return self.cache[hidden_RD[:, 0].long(), node_ids_R - tree.vocab_size].nan_to_num(nan=0.0)
+
+
+class IndexBackbone(nn.Module):
+    """Node ids -> the row of a `CachedHead`, in the place of hidden states."""
+
+    def __init__(self, num_nodes: int):
+        super().__init__()
+        self.num_nodes, self.embed_nodes = num_nodes, nn.Embedding(1, 1)
+
+    def forward(self, input_ids, timesteps=None, **kwargs):
+        row = (input_ids[:, :1] * self.num_nodes + input_ids[:, 1:]) * NUM_POSITIONS + torch.arange(NUM_POSITIONS)
+        return BaseModelOutput(last_hidden_state=row[..., None].double())
+
+
+def bayes_sampler(source: Source, **fields) -> TDLMForDiffusionLM:
+    """`bayes_model` with its answers looked up, for many draws. A joint head is small enough as it is."""
+    model = bayes_model(source, **fields)
+    if model.config.head_type != "joint":
+        model.head = CachedHead(model)
+        model.model = IndexBackbone(source.tree.num_nodes)
     return model
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from tdlm.modeling_tdlm import TDLMForDiffusionLM
+from tdlm.modeling_tdlm import DiffusionLM
 from tdlm.process_tdlm import low_discrepancy_times
 from tdlm.trainer.data import TDLMDataCollator, pad_token_id, perplexity
 from tdlm.trainer.training_args import TDLMTrainingArguments
@@ -15,7 +15,7 @@ from tdlm.trainer.training_args import TDLMTrainingArguments
 
 class TDLMTrainer(Trainer):
     """
-    [`~transformers.Trainer`] for tree diffusion models.
+    [`~transformers.Trainer`] for diffusion language models: TDLM, its flat and HDLM cases, MDM-Prime.
 
     What it adds. The noise of a step is a function of (seed, step, index of the sequence in the global batch): times
     form one low-discrepancy grid over all devices and accumulation steps, so a batch split otherwise gives the same
@@ -39,7 +39,7 @@ class TDLMTrainer(Trainer):
     ):
         args = TDLMTrainingArguments(output_dir="tmp_trainer") if args is None else args
         if processing_class is not None and model is not None:
-            base_model(model).tree.check_tokenizer(processing_class)
+            base_model(model).check_tokenizer(processing_class)
             data_collator = data_collator or TDLMDataCollator(pad_token_id(processing_class))
         user_metrics = kwargs.pop("compute_metrics", None)
         super().__init__(
@@ -74,7 +74,8 @@ class TDLMTrainer(Trainer):
         length = max([model.config.max_position_embeddings, *(batch["input_ids"].shape[1] for batch in batches)])
         rng = np.random.default_rng((self.args.seed, self.state.global_step))
         grid_offset = torch.tensor(rng.random())
-        uniforms = torch.from_numpy(rng.random((total, length), dtype=np.float32))
+        draws = model.noise_draws_per_token
+        uniforms = torch.from_numpy(rng.random((total, length * draws), dtype=np.float32))
         noised, first = [], 0
         for batch in batches:
             size, device = len(batch["input_ids"]), batch["input_ids"].device
@@ -82,7 +83,7 @@ class TDLMTrainer(Trainer):
             index = torch.arange(size) + first * world_size + rank * size
             labels = batch.get("labels", batch["input_ids"])
             timesteps = low_discrepancy_times(grid_offset, index, total).to(device)
-            u = uniforms[index, : batch["input_ids"].shape[1]].to(device)
+            u = uniforms[index, : batch["input_ids"].shape[1] * draws].to(device)
             z_t = model.noise(batch["input_ids"], labels, timesteps, u)
             noised.append({**batch, "input_ids": z_t, "timesteps": timesteps, "labels": labels})
             first += size
@@ -150,12 +151,15 @@ def nelbo_metrics(prediction: EvalPrediction, num_samples: int) -> dict[str, flo
     return metrics
 
 
-def base_model(model: Any) -> TDLMForDiffusionLM:
+MODEL_TYPES = ("tdlm", "mdm_prime")
+
+
+def base_model(model: Any) -> DiffusionLM:
     """The diffusion model inside PEFT or distributed wrappers, by model type: remote code has its own classes."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model = getattr(model, "module", model)
-    if getattr(getattr(model, "config", None), "model_type", None) != "tdlm":
-        raise ValueError(f"TDLMTrainer trains models of type 'tdlm', not {type(model).__name__}.")
+    if getattr(getattr(model, "config", None), "model_type", None) not in MODEL_TYPES:
+        raise ValueError(f"TDLMTrainer trains models of type {' or '.join(MODEL_TYPES)}, not {type(model).__name__}.")
     return model
 
 
