@@ -1,8 +1,9 @@
-"""The `tdlm` command: tree, train, evaluate, generate, quickstart."""
+"""The `tdlm` command: tree, train, evaluate, generate, compare, quickstart."""
 
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.generation.streamers import BaseStreamer
 
 from tdlm.tokenization import build_tree, file_embeddings, format_statistics, tree_outline, tree_statistics
+from tdlm.trainer.compare import run_compare
+from tdlm.trainer.comparison import recipes
 from tdlm.trainer.data import evaluation_windows, load_text, tokenize
 from tdlm.trainer.quickstart import run_quickstart
 from tdlm.trainer.run import ScriptArguments, make_tree, run_training
@@ -153,6 +156,19 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.model, "prompt": args.prompt, "seed": args.seed, "texts": texts}
 
 
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    if args.list:
+        return {"recipes": {name: _first_comment(path) for name, path in recipes().items()}}
+    if args.config is None or args.output is None:
+        raise ValueError("compare needs a YAML file or the name of a recipe, and --output. `--list` shows the recipes.")
+    data = {"train": args.train_data, "validation": args.validation_data}
+    return run_compare(args.config, args.output, args.only, f"tdlm {shlex.join(args.argv)}", **data)
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text().splitlines()[0].removeprefix("# ")
+
+
 def quickstart(args: argparse.Namespace) -> dict[str, Any]:
     return run_quickstart(args.output, max_steps=args.max_steps, seed=args.seed)
 
@@ -203,6 +219,13 @@ def _print_build(result: dict[str, Any]) -> None:
     print(f"Saved to {result['output']}. Look at it with `tdlm tree show {result['output']} --tokenizer ...`.")
 
 
+def _print_compare(result: dict[str, Any]) -> None:
+    if "table" in result:
+        print(f"\n{result['table']}")
+    else:
+        _print_metrics(result["recipes"])
+
+
 def _print_train(result: dict[str, Any]) -> None:
     _print_metrics(result)
     print(f"Saved to {result['output_dir']}. Try it: tdlm generate {result['output_dir']} --num-samples 2")
@@ -236,6 +259,16 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float)
     command.add_argument("--top-k", type=int, help="keep the k best children of a node")
     command.add_argument("--top-p", type=float, help="keep the best children up to this mass")
+
+    command = _command(
+        commands, "compare", compare, _print_compare, "train models on the same batches and tabulate them"
+    )
+    command.add_argument("config", nargs="?", help="YAML file, or the name of a recipe that ships")
+    command.add_argument("--output", help="folder for data, runs, table and plots; finished runs there are kept")
+    command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="models to train now")
+    command.add_argument("--train-data", help="in place of the file's data.train")
+    command.add_argument("--validation-data", help="in place of the file's data.validation")
+    command.add_argument("--list", action="store_true", help="list the recipes that ship")
 
     command = _command(commands, "quickstart", quickstart, lambda result: None, "train a small model in minutes")
     command.add_argument("--output", default="runs/quickstart", help="folder for the model, results and report")
@@ -299,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.run is not train:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides = rest
+    args.overrides, args.argv = rest, list(sys.argv[1:] if argv is None else argv)
     try:
         # Libraries print to standard output while they work; with --json only the result may stand there.
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():

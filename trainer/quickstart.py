@@ -1,9 +1,7 @@
 """The quickstart: tokenizer, tree, a tree model and its flat twin, text, and a report, from a corpus in the package."""
 
 import json
-import multiprocessing
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -14,12 +12,19 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from tdlm.modeling_tdlm import TDLMForDiffusionLM
 from tdlm.tokenization import train_tokenizer
 from tdlm.trainer.data import RandomCrops, evaluation_windows, load_text, pad_token_id, tokenize, unigram_entropy
+from tdlm.trainer.own_process import (
+    describe_machine,
+    peak_memory_mb,
+    quiet,
+    run_in_own_process,
+    short_bars_off,
+    write_json,
+)
 from tdlm.trainer.report import node_labels, tree_for_report, write_report
 from tdlm.trainer.run import make_config, make_tree
 from tdlm.trainer.trainer import TDLMTrainer
@@ -42,7 +47,6 @@ class NoTdlm:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, NoTdlm())
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -73,9 +77,7 @@ class TwinSpec:
 
 def run_quickstart(output: str, max_steps: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Do the whole job; returns what `results.json` holds. Files: model/, results.json, samples.txt, report.html."""
-    _short_bars_off()
-    # Threads that wait asleep: spinning ones make a step 20 times slower where another program uses a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    short_bars_off()
     started, folder = time.time(), Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     _say(1, "Train a byte-level BPE on novels of Austen and Melville, build the tree from their text")
@@ -87,9 +89,9 @@ def run_quickstart(output: str, max_steps: int | None = None, seed: int = 0) -> 
     for number, twin in enumerate(twins, start=2):
         kind = f"tree {VocabTree.load(twin.tree_file).nodes_per_height[::-1]}, root first"
         _say(number, f"Train {twin.name} ({kind}; {twin.max_steps} steps of {BATCH_SIZE} x 64 tokens)")
-        runs[twin.name] = _train_in_own_process(twin)
+        runs[twin.name] = _train(twin)
     results = {"unigram_entropy": entropy} | {name: run["metrics"] for name, run in runs.items()}
-    _write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     print_table(results)
     _say(4, "Generate")
     samples, trajectory = generate_samples(twins[0].model_folder, seed)
@@ -127,20 +129,16 @@ def prepare(folder: Path, seed: int) -> tuple[PreTrainedTokenizerBase, VocabTree
 # ---- training ----
 
 
-def _train_in_own_process(twin: TwinSpec) -> dict[str, Any]:
+def _train(twin: TwinSpec) -> dict[str, Any]:
     """A fresh process for each model, so that its peak memory is its own."""
-    process = multiprocessing.get_context("spawn").Process(target=train_twin, args=(asdict(twin),))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise OSError(f"training {twin.name} ended with exit status {process.exitcode}; its error is printed above.")
+    run_in_own_process(train_twin, asdict(twin), f"training {twin.name}")
     return json.loads(Path(twin.folder, f"{twin.name}-run.json").read_text())
 
 
 def train_twin(spec: dict[str, Any]) -> None:
     """Train, evaluate and save one model; writes `<name>-run.json` with its metrics and log."""
     twin = TwinSpec(**spec)
-    _short_bars_off()
+    short_bars_off()
     set_seed(twin.seed)
     data = datasets.load_from_disk(os.fspath(Path(twin.folder, "data")))
     tokenizer = AutoTokenizer.from_pretrained(Path(twin.folder, "tokenizer"))
@@ -163,9 +161,9 @@ def train_twin(spec: dict[str, Any]) -> None:
     trainer = TDLMTrainer(
         model=model, args=args, train_dataset=crops, eval_dataset=data["validation"], processing_class=tokenizer
     )
-    _quiet(trainer)
+    quiet(trainer)
     seconds = trainer.train().metrics["train_runtime"]
-    peak_memory_mb = _peak_memory_mb()
+    peak = peak_memory_mb()
     evaluation = trainer.evaluate()
     model.save_pretrained(twin.model_folder)
     tokenizer.save_pretrained(twin.model_folder)
@@ -173,39 +171,10 @@ def train_twin(spec: dict[str, Any]) -> None:
     metrics |= {
         "parameters": model.num_parameters(),
         "tokens_per_second": twin.max_steps * BATCH_SIZE * length / seconds,
-        "peak_memory_mb": peak_memory_mb,
+        "peak_memory_mb": peak,
         "nelbo_by_level": [evaluation[f"eval_nelbo_level_{level}"] for level in range(tree.height)],
     }
-    _write_json(Path(twin.folder, f"{twin.name}-run.json"), {"metrics": metrics, "log": trainer.state.log_history})
-
-
-def _short_bars_off() -> None:
-    """Keep the progress bars of work that takes long, drop those that flash by."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _quiet(trainer: TDLMTrainer) -> None:
-    """The progress bar alone: the logs are for the report."""
-    from transformers.trainer_callback import ProgressCallback
-
-    class ProgressOnly(ProgressCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-                self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressOnly)
-
-
-def _peak_memory_mb() -> float:
-    """Peak of the device, or of the whole process on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    write_json(Path(twin.folder, f"{twin.name}-run.json"), {"metrics": metrics, "log": trainer.state.log_history})
 
 
 # ---- showing ----
@@ -281,8 +250,7 @@ def _write_report(
         "tokens per step": BATCH_SIZE * 64,
         "training curves": "clipped weights: no bound, not comparable between the models",
         "seed": twin.seed,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "machine": describe_machine(),
         "versions": f"torch {torch.__version__}",
         "unigram_entropy": results["unigram_entropy"],
     }
@@ -323,10 +291,6 @@ def _trajectory_for_report(
         for step, (row, time) in enumerate(zip(ids.cpu(), times, strict=True))
     ]
     return {"steps": steps, "text": text, "vocab_size": tree.vocab_size, "heights": heights}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _say(step: int, what: str) -> None:
