@@ -190,6 +190,7 @@ class TDLMGenerationMixin:
         # All step laws go to the device at once: a copy inside the loop would wait for it.
         posteriors_T = torch.stack([self.law.posterior(s, t) for t, s in steps]).to(canvas.device)
         times_T = torch.tensor(times, dtype=torch.float64).to(canvas.device)
+        lower_heights = self.law.lower_heights().to(canvas.device)
         heights = self.tree.node_height(canvas)
         num_forwards = 0
         for step in range(len(steps)):
@@ -200,7 +201,8 @@ class TDLMGenerationMixin:
                 if jump > 0 and not bool((target < heights).any()):
                     break
                 hidden_BLD = self.model(canvas, times_T[step].expand(len(canvas)), **context).last_hidden_state
-                canvas, heights = self._jump(canvas, heights, target, hidden_BLD, draw)
+                goal = torch.where(target < heights, lower_heights[heights], heights)
+                canvas, heights = self._jump(canvas, heights, goal, hidden_BLD, draw)
                 num_forwards += 1
             show(canvas)
         assert int(heights.max()) == 0, "a position is left above a leaf"
@@ -210,12 +212,11 @@ class TDLMGenerationMixin:
         self,
         canvas: torch.Tensor,
         heights: torch.Tensor,
-        target: torch.Tensor,
+        goal: torch.Tensor,
         hidden_BLD: torch.Tensor,
         draw: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One jump of every position above its target, child by child, all from one hidden state."""
-        goal = torch.where(target < heights, self.law.lower_heights().to(canvas.device)[heights], heights)
+        """One jump of every position above its goal, child by child, all from one hidden state."""
         for _ in range(self.law.longest_jump):
             moves = goal < heights
             slots = self.head.draw_slots(hidden_BLD, canvas, draw, self.tree, self.model.embed_nodes.weight)

@@ -242,7 +242,8 @@ class JointHead(Head):
         level_R1 = (heights_Rn.amax(1, keepdim=True) - 1).clamp(min=0)
         waits_Rn = (heights_Rn > level_R1) & (heights_Rn > 0)
         known_Rn = tree.child_slot(tree.first_leaf(z_Rn), level_R1.expand_as(z_Rn))
-        known_RnK = F.one_hot(known_Rn, tree.branching_factor).bool()
+        # Not one_hot, which waits for the device.
+        known_RnK = known_Rn[..., None] == torch.arange(tree.branching_factor, device=z_Rn.device)
         children_RnK = tree.child_mask(z_Rn.masked_fill(~waits_Rn, tree.root_id))
         return torch.where(waits_Rn[..., None], children_RnK, known_RnK)
 

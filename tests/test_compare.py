@@ -548,6 +548,13 @@ def test_a_number_with_an_exponent_is_a_number(settings, tmp_path):
     assert load_comparison(path).training["learning_rate"] == 2e-3
 
 
+def test_data_and_reference_can_be_given_beside_the_file(settings, tmp_path):
+    path = write(tmp_path, settings)
+    comparison = load_comparison(path, {"validation": "held-out.txt", "train": None}, {"reference": "gpt2"})
+    assert (comparison.data.validation, comparison.generative.reference) == ("held-out.txt", "gpt2")
+    assert comparison.data.train == load_comparison(path).data.train
+
+
 def test_usage_errors_say_what_is_missing(capsys):
     assert main(["compare", "no-such-recipe", "--output", "x"]) == 2
     assert "neither a .yaml file nor one of the recipes" in capsys.readouterr().err

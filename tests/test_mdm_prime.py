@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from test_remote_code import in_a_stranger
 from tiny import NUM_POSITIONS, Source, chi_square_p
-from tiny_prime import bayes_prime_model, prime_config
+from tiny_prime import bayes_prime_model, prime_config, prime_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM
@@ -29,18 +29,6 @@ CODE_FILES = ["configuration_mdm_prime.py", "modeling_mdm_prime.py", "modeling_t
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def prime_model(vocab_size: int, seed: int = 0, **fields) -> MDMPrimeForDiffusionLM:
-    """A small model with an opinion: blocks that are not the identity, and a head that is far from uniform."""
-    torch.manual_seed(seed)
-    model = MDMPrimeForDiffusionLM(prime_config(vocab_size, **fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modulation" in name or name.endswith("bias"):
-                parameter.normal_(std=0.1)
-        model.head.proj.weight.normal_(std=0.5)
-    return model.eval()
 
 
 # ---- the code ----

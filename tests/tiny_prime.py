@@ -16,6 +16,18 @@ def prime_config(vocab_size: int, /, **fields) -> MDMPrimeConfig:
     return MDMPrimeConfig.for_vocab(**{**sizes, "vocab_size": vocab_size, **fields})
 
 
+def prime_model(vocab_size: int, seed: int = 0, **fields) -> MDMPrimeForDiffusionLM:
+    """A small model with an opinion: blocks that are not the identity, and a head that is far from uniform."""
+    torch.manual_seed(seed)
+    model = MDMPrimeForDiffusionLM(prime_config(vocab_size, **fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name or name.endswith("bias"):
+                parameter.normal_(std=0.1)
+        model.head.proj.weight.normal_(std=0.5)
+    return model.eval()
+
+
 class BayesPrimeBackbone(nn.Module):
     """Digits of two tokens -> log p(token at each position | digits) by code, or the log-marginals of its digits."""
 

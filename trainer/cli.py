@@ -162,7 +162,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     if args.config is None or args.output is None:
         raise ValueError("compare needs a YAML file or the name of a recipe, and --output. `--list` shows the recipes.")
     data = {"train": args.train_data, "validation": args.validation_data}
-    return run_compare(args.config, args.output, args.only, f"tdlm {shlex.join(args.argv)}", **data)
+    generative = {"reference": args.reference, "gguf_file": args.gguf_file}
+    return run_compare(args.config, args.output, args.only, f"tdlm {shlex.join(args.argv)}", data, generative)
 
 
 def _first_comment(path: Path) -> str:
@@ -268,6 +269,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="models to train now")
     command.add_argument("--train-data", help="in place of the file's data.train")
     command.add_argument("--validation-data", help="in place of the file's data.validation")
+    command.add_argument("--reference", help="causal model that scores the samples, in place of generative.reference")
+    command.add_argument("--gguf-file", help="weights of the reference, if it is a GGUF file in that folder")
     command.add_argument("--list", action="store_true", help="list the recipes that ship")
 
     command = _command(commands, "quickstart", quickstart, lambda result: None, "train a small model in minutes")

@@ -62,7 +62,12 @@ class RunSpec:
 
 
 def run_compare(
-    config: str, output: str, only: Sequence[str] = (), command: str | None = None, **data: str | None
+    config: str,
+    output: str,
+    only: Sequence[str] = (),
+    command: str | None = None,
+    data: dict[str, str | None] | None = None,
+    generative: dict[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """Do the whole comparison, or what is left of it; returns what `results.json` holds.
 
@@ -72,9 +77,10 @@ def run_compare(
         only: models to train now; the table also has those that were finished before.
         command: what the table says it was made with.
         data: overrides of the file's data section, such as `train` and `validation`.
+        generative: overrides of its generative section: `reference` and `gguf_file`.
     """
     short_bars_off()
-    comparison = load_comparison(config, **data)
+    comparison = load_comparison(config, data, generative)
     if unknown := sorted(set(only) - set(comparison.models)):
         raise ValueError(f"--only {unknown}: the models of {config} are {list(comparison.models)}.")
     comparison.check(output)

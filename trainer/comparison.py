@@ -257,8 +257,8 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_comparison(config: str, **data: Any) -> Comparison:
-    """A YAML file, or the name of a recipe, -> `Comparison`; `data` overrides fields of its data section.
+def load_comparison(config: str, data: dict[str, Any] | None = None, generative: Any = None) -> Comparison:
+    """A YAML file, or the name of a recipe, -> `Comparison`; `data` and `generative` override fields of these sections.
 
     Raises `ValueError` where the file does not say what it must, or says what nothing reads.
     """
@@ -269,8 +269,15 @@ def load_comparison(config: str, **data: Any) -> Comparison:
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold `name: value` lines, not {type(settings).__name__}.")
     comparison = parse_comparison(settings)
-    overrides = {name: value for name, value in data.items() if value is not None}
-    return dataclasses.replace(comparison, data=dataclasses.replace(comparison.data, **overrides))
+    return dataclasses.replace(
+        comparison,
+        data=dataclasses.replace(comparison.data, **_given(data)),
+        generative=dataclasses.replace(comparison.generative, **_given(generative)),
+    )
+
+
+def _given(overrides: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (overrides or {}).items() if value is not None}
 
 
 def parse_comparison(settings: dict[str, Any]) -> Comparison:
