@@ -67,6 +67,28 @@ def test_train_continues_from_a_checkpoint(trained, corpus, tmp_path, capsys):
     assert np.isfinite(result["train_loss"])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "mdm_prime", "model_config": {"head_type": "joint"}},
+        {"tree": "flat", "model_config": {"head_type": "vocab", "tie_word_embeddings": True}},
+        {"branching_factor": 24, "model_config": {"law": "direct"}},
+    ],
+    ids=["mdm_prime", "flat", "direct"],
+)
+def test_every_kind_of_model_is_trained_evaluated_and_sampled(fields, corpus, tmp_path, capsys):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    settings = {"train_data": str(corpus), "output_dir": str(tmp_path / "model"), "vocab_size": 280, "preset": "tiny"}
+    settings |= {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True}
+    settings |= {"save_strategy": "no", **fields, "model_config": {**sizes, **fields["model_config"]}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    result = run_json(capsys, "evaluate", str(tmp_path / "model"), "--data", str(corpus), "--num-samples", "2")
+    assert 0 < result["nelbo"] < 20 and result["ppl"] == pytest.approx(np.exp(result["nelbo"]))
+    texts = run_json(capsys, "generate", str(tmp_path / "model"), "--prompt", "the", "--num-samples", "2")["texts"]
+    assert len(texts) == 2 and all(text.startswith("the") for text in texts)
+
+
 def test_train_streams(trained, corpus, tmp_path, capsys):
     flags = ["--train_data", str(corpus), "--model_name_or_path", str(trained), "--output_dir", str(tmp_path)]
     options = ["--streaming", "True", "--max_steps", "2", "--report_to", "none", "--use_cpu", "True"]
@@ -138,6 +160,9 @@ def test_tree_build_from_a_corpus_is_bound_to_its_tokenizer(corpus, tmp_path, ca
         (["train", "--config", "BAD"], "hidden_size=30 must be an even multiple"),
         (["train", "--config", "STRING"], "invalid dict value: 'big'"),
         (["train", "--config", "TYPO"], r"model_config sets \['head_typ'\]"),
+        (["train", "--config", "KIND"], "model_type='mlm' is not one of"),
+        (["train", "--config", "PRIMETREE"], "tree=flat: an mdm_prime model has no tree"),
+        (["train", "--config", "PRIMETYPO"], r"model_config sets \['law'\], which are no fields of MDMPrimeConfig"),
         (["train", "--config", "FEW"], "holds 8 documents, fewer than the 9 sequences of one update"),
         (["train", "--config", "NOYAML"], "while parsing"),
         (["tree", "build", "--embeddings", "NOYAML", "--output", "no/such/t"], "its folder does not exist"),
@@ -148,6 +173,9 @@ def test_errors_are_one_line_and_exit_2(arguments, message, corpus, tmp_path, ca
     data = {"train_data": str(corpus), "output_dir": str(tmp_path), "vocab_size": 280, "max_steps": 1}
     files = {
         "LIST": [1, 2],
+        "KIND": {**data, "model_type": "mlm"},
+        "PRIMETREE": {**data, "model_type": "mdm_prime", "tree": "flat"},
+        "PRIMETYPO": {**data, "model_type": "mdm_prime", "model_config": {"law": "direct"}},
         "UNKNOWN": {"train_dat": "x"},
         "BAD": {**data, "model_config": {"hidden_size": 30, "num_attention_heads": 4}},
         "STRING": {**data, "model_config": "big"},

@@ -25,7 +25,7 @@ from tdlm.trainer.comparison import recipes
 from tdlm.trainer.data import evaluation_windows, load_text, tokenize
 from tdlm.trainer.quickstart import run_quickstart
 from tdlm.trainer.run import ScriptArguments, make_tree, run_training
-from tdlm.trainer.trainer import TDLMTrainer
+from tdlm.trainer.trainer import MODEL_TYPES, TDLMTrainer
 from tdlm.trainer.training_args import TDLMTrainingArguments
 from tdlm.vocab_tree_tdlm import VocabTree
 
@@ -191,13 +191,15 @@ class _StepProgress(BaseStreamer):
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision)
-    if model.config.model_type != "tdlm":
-        raise ValueError(f"{args.model} is a {model.config.model_type!r} model; this command needs a 'tdlm' one.")
+    if model.config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{args.model} is a {model.config.model_type!r} model; this command needs one of {list(MODEL_TYPES)}."
+        )
     if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: there is no CUDA device here. Leave it out, or use cpu.")
     model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    model.tree.check_tokenizer(tokenizer)
+    model.check_tokenizer(tokenizer)
     return model, tokenizer
 
 

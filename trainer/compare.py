@@ -360,7 +360,10 @@ def train_run(run_folder: str) -> None:
         kind, tree = KINDS[spec.kind], prepared.tree(spec.tree)
         set_seed(spec.seed)
         config = kind.config(prepared.vocabulary, spec.sizes, spec.fields, tree)
-        trainer = make_trainer(spec, kind.model(config, tree), prepared, folder / "checkpoints")
+        model = kind.model(config, tree)
+        if spec.kind == "mdm_prime":
+            model.code.bind(prepared.tokenizer)
+        trainer = make_trainer(spec, model, prepared, folder / "checkpoints")
         result = train_and_evaluate(trainer, spec, folder / "checkpoints")
         result |= count_cost(spec, prepared, tree)
         samples = draw_samples(trainer.model, spec, prepared)

@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
 
+from tdlm.configuration_mdm_prime import MDMPrimeConfig
 from tdlm.configuration_tdlm import TDLMConfig
 from tdlm.generation_tdlm import TDLMGenerationConfig
+from tdlm.modeling_mdm_prime import MDMPrimeForDiffusionLM
 from tdlm.modeling_tdlm import TDLMForDiffusionLM
 from tdlm.trainer.causal import CausalTrainer, causal_config
 from tdlm.trainer.trainer import TDLMTrainer
@@ -173,16 +175,8 @@ def _tdlm_config(vocabulary: Vocabulary, sizes: dict, fields: dict, tree: VocabT
 
 
 def _mdm_prime_config(vocabulary: Vocabulary, sizes: dict, fields: dict, tree: VocabTree | None) -> PreTrainedConfig:
-    from tdlm.configuration_mdm_prime import MDMPrimeConfig
-
     _check_fields(fields, MDMPrimeConfig)
     return MDMPrimeConfig.for_vocab(vocabulary.size, "tiny", **{**vocabulary.token_ids, **sizes, **fields})
-
-
-def _mdm_prime_model(config: Any, tree: VocabTree | None) -> PreTrainedModel:
-    from tdlm.modeling_mdm_prime import MDMPrimeForDiffusionLM
-
-    return MDMPrimeForDiffusionLM(config)
 
 
 def _llama_config(vocabulary: Vocabulary, sizes: dict, fields: dict, tree: VocabTree | None) -> LlamaConfig:
@@ -212,7 +206,9 @@ def _check_causal_generation(model: Any, max_new_tokens: int, settings: dict[str
 
 KINDS = {
     "tdlm": Kind(_tdlm_config, TDLMForDiffusionLM, TDLMTrainer, _check_diffusion_generation, has_tree=True),
-    "mdm_prime": Kind(_mdm_prime_config, _mdm_prime_model, TDLMTrainer, _check_diffusion_generation),
+    "mdm_prime": Kind(
+        _mdm_prime_config, lambda config, tree: MDMPrimeForDiffusionLM(config), TDLMTrainer, _check_diffusion_generation
+    ),
     "llama": Kind(
         _llama_config,
         lambda config, tree: LlamaForCausalLM(config),

@@ -9,8 +9,10 @@ import datasets
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
+from tdlm.configuration_mdm_prime import MDMPrimeConfig
 from tdlm.configuration_tdlm import TDLMConfig
-from tdlm.modeling_tdlm import TDLMForDiffusionLM
+from tdlm.modeling_mdm_prime import MDMPrimeForDiffusionLM
+from tdlm.modeling_tdlm import DiffusionLM, TDLMForDiffusionLM
 from tdlm.tokenization import build_tree, corpus_embeddings, file_embeddings, model_embeddings, train_tokenizer
 from tdlm.trainer.data import RandomCrops, evaluation_windows, load_text, pad_token_id, stream_crops, tokenize
 from tdlm.trainer.trainer import TDLMTrainer
@@ -33,7 +35,9 @@ class ScriptArguments:
     streaming: bool = field(default=False, metadata={"help": "Stream the training set; set max_steps."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; default: train a byte-level BPE."})
     vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer to train."})
-    tree: str | None = field(default=None, metadata={"help": "Tree file; default: build one."})
+    tree: str | None = field(
+        default=None, metadata={"help": "Tree file, or flat (every token a child of the root); default: build one."}
+    )
     branching_factor: int = field(default=256, metadata={"help": "Most children of a node of the tree to build."})
     tree_embeddings: str = field(
         default="corpus",
@@ -41,7 +45,10 @@ class ScriptArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from."})
     preset: str = field(default="small", metadata={"help": "Size of a new model: tiny, small or base."})
-    model_config: dict = field(default_factory=dict, metadata={"help": "Fields of TDLMConfig, as JSON."})
+    model_type: str = field(default="tdlm", metadata={"help": "Kind of a new model: tdlm or mdm_prime."})
+    model_config: dict = field(
+        default_factory=dict, metadata={"help": "Fields of TDLMConfig or MDMPrimeConfig, as JSON."}
+    )
 
 
 def make_tree(
@@ -66,11 +73,21 @@ def make_tree(
 
 def make_config(tree: VocabTree, tokenizer: PreTrainedTokenizerBase, preset: str, **fields: Any) -> TDLMConfig:
     """The configuration of a model for this tree and tokenizer."""
-    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(TDLMConfig)})
+    return TDLMConfig.for_tree(tree, preset, **_with_token_ids(TDLMConfig, tokenizer, fields))
+
+
+def make_prime_config(tokenizer: PreTrainedTokenizerBase, preset: str, **fields: Any) -> MDMPrimeConfig:
+    """The configuration of an MDM-Prime model for this tokenizer."""
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    return MDMPrimeConfig.for_vocab(vocab_size, preset, **_with_token_ids(MDMPrimeConfig, tokenizer, fields))
+
+
+def _with_token_ids(config_class: type, tokenizer: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(config_class)})
     if unknown:
-        raise ValueError(f"model_config sets {unknown}, which are no fields of TDLMConfig.")
+        raise ValueError(f"model_config sets {unknown}, which are no fields of {config_class.__name__}.")
     token_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return TDLMConfig.for_tree(tree, preset, **{**token_ids, **fields})
+    return {**token_ids, **fields}
 
 
 def run_training(script: ScriptArguments, args: TDLMTrainingArguments) -> dict[str, float]:
@@ -107,7 +124,7 @@ def run_training(script: ScriptArguments, args: TDLMTrainingArguments) -> dict[s
     return metrics
 
 
-def _model_and_data(script: ScriptArguments, text: Any, seed: int) -> tuple[TDLMForDiffusionLM, Any, Any]:
+def _model_and_data(script: ScriptArguments, text: Any, seed: int) -> tuple[DiffusionLM, Any, Any]:
     """-> model, tokenizer, tokenised documents."""
     if script.model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or script.model_name_or_path)
@@ -122,17 +139,31 @@ def _model_and_data(script: ScriptArguments, text: Any, seed: int) -> tuple[TDLM
     else:
         tokenizer = train_tokenizer((row[script.text_column] for row in sample), script.vocab_size)
     ids = _tokenize(script, text, tokenizer)
+    return _new_model(script, tokenizer, ids, seed), tokenizer, ids
+
+
+def _new_model(script: ScriptArguments, tokenizer: Any, ids: Any, seed: int) -> DiffusionLM:
+    if script.model_type == "mdm_prime":
+        if script.tree is not None:
+            raise ValueError(f"tree={script.tree}: an mdm_prime model has no tree. Leave it out.")
+        model = MDMPrimeForDiffusionLM(make_prime_config(tokenizer, script.preset, **dict(script.model_config)))
+        model.code.bind(tokenizer)
+        return model
+    if script.model_type != "tdlm":
+        raise ValueError(f"model_type={script.model_type!r} is not one of ['mdm_prime', 'tdlm'].")
+    tree = _tree(script, tokenizer, ids, seed)
+    return TDLMForDiffusionLM(make_config(tree, tokenizer, script.preset, **dict(script.model_config)), tree)
+
+
+def _tree(script: ScriptArguments, tokenizer: Any, ids: Any, seed: int) -> VocabTree:
+    if script.tree == "flat":
+        return VocabTree.flat(max(tokenizer.get_vocab().values()) + 1).bind(tokenizer)
     if script.tree is not None:
         tree = VocabTree.load(script.tree)
         tree.check_tokenizer(tokenizer)
-    else:
-        sequences = (row["input_ids"] for row in (ids.take(STREAM_SAMPLE) if script.streaming else ids))
-        tree = make_tree(tokenizer, script.branching_factor, script.tree_embeddings, sequences, seed)
-    return (
-        TDLMForDiffusionLM(make_config(tree, tokenizer, script.preset, **dict(script.model_config)), tree),
-        tokenizer,
-        ids,
-    )
+        return tree
+    sequences = (row["input_ids"] for row in (ids.take(STREAM_SAMPLE) if script.streaming else ids))
+    return make_tree(tokenizer, script.branching_factor, script.tree_embeddings, sequences, seed)
 
 
 def _tokenize(script: ScriptArguments, text: Any, tokenizer: Any) -> Any:
@@ -148,4 +179,4 @@ def _evaluation_set(script: ScriptArguments, tokenizer: Any, length: int) -> dat
     return evaluation_windows(text, tokenizer, length, text_column=script.text_column)
 
 
-__all__ = ["ScriptArguments", "make_config", "make_tree", "run_training"]
+__all__ = ["ScriptArguments", "make_config", "make_prime_config", "make_tree", "run_training"]
