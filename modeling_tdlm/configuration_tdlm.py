@@ -204,6 +204,11 @@ class TDLMConfig(DiffusionBackboneConfig):
                 f"tie_word_embeddings=True is for head_type='vocab', not {self.head_type!r}. The tied head of a tree "
                 "is head_type='tied'."
             )
+        if self.level_weighting is None and self.level_weighting_scale != 1:
+            raise ValueError(
+                f"level_weighting_scale={self.level_weighting_scale} needs a level_weighting, one of "
+                f"{sorted(LEVEL_WEIGHTINGS)}."
+            )
         if self.level_weighting is not None:
             self._check_option("level_weighting", LEVEL_WEIGHTINGS)
             if self.level_weighting == "linear" and not self.level_weighting_scale > -1:
@@ -218,10 +223,9 @@ class TDLMConfig(DiffusionBackboneConfig):
         if self.neighborhood_size < 1:
             raise ValueError(f"neighborhood_size={self.neighborhood_size} must be at least 1.")
         if self.head_type != "joint":
-            if self.neighborhood_size > 1:
-                raise ValueError(
-                    f"neighborhood_size={self.neighborhood_size} needs head_type='joint', not {self.head_type!r}."
-                )
+            for name in ("neighborhood_size", "neighborhood_pooling", "neighborhood_jumps"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs head_type='joint', not {self.head_type!r}.")
             return
         if self.law != "sequential":
             raise ValueError(

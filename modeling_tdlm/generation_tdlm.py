@@ -263,6 +263,12 @@ class TDLMGenerationMixin:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
             )
+        size = getattr(self.config, "neighborhood_size", 1)
+        if size > 1 and bool((attention_mask == 0).any()):
+            raise ValueError(
+                f"padding would shift the neighborhoods of {size} positions. Generate for prompts of one length at a "
+                "time."
+            )
         copies = config.num_return_sequences or 1
         return (
             input_ids.to(self.device, torch.int64).repeat_interleave(copies, dim=0),
@@ -335,8 +341,8 @@ def _draw_child(
     u = draw_uniforms(scores_RK.shape[:1], generator, scores_RK.device, torch.float64)
     slots = (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
     # Only rounding could point behind the last class that there is, where a parallel sum need not be monotonic.
-    places = torch.arange(log_probs_RK.shape[1], device=log_probs_RK.device)
-    return torch.minimum(slots, places.where(log_probs_RK > float("-inf"), 0).amax(-1))
+    missing_behind = (log_probs_RK > float("-inf")).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(slots, log_probs_RK.shape[1] - 1 - missing_behind)
 
 
 __all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin"]

@@ -168,6 +168,8 @@ class VocabHead(ChildHead):
 
     def logits(self, hidden_RD, node_ids_R, tree, embedding_ND) -> torch.Tensor:
         logits_RV = _softmax_dtype(F.linear(hidden_RD, self._weight(tree, embedding_ND), self.bias))
+        if tree.height == 1:
+            return logits_RV.index_select(1, tree.child_ids[0])
         children_RK = tree.child_ids.clamp(min=0)[node_ids_R - tree.vocab_size]
         return leaf_masses(logits_RV, tree).gather(1, children_RK)
 

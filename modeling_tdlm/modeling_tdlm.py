@@ -49,8 +49,9 @@ class TDLMOutput(ModelOutput):
             NELBO; nats per scored token.
         log_probs (`torch.FloatTensor` of shape `(batch, length, branching_factor)`): log-probabilities of the children
             of the node at each position; -inf for absent children, so everywhere at a leaf. Of MDM-Prime, `(batch,
-            length, num_digits, base)`: of the values of each masked digit. `None` when there is a loss: the head then
-            runs only on the rows that are scored.
+            length, num_digits, base)`: of the values of each masked digit. The direct law goes on from the child to a
+            token by the same hidden state: `head.path_nll` scores that path. `None` when there is a loss: the head
+            then runs only on the rows that are scored.
         level_losses (`torch.FloatTensor` of shape `(height,)`): the terms of `loss` by level; they sum to it.
         level_nelbo (`torch.FloatTensor` of shape `(batch, height)`): evaluation only, nats per sequence by level.
         num_tokens (`torch.LongTensor` of shape `(batch,)`): evaluation only, scored tokens in each sequence.
@@ -427,7 +428,11 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
         context = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         if labels is None:
             outputs = self.model(input_ids, timesteps, inputs_embeds=inputs_embeds, **context)
-            log_probs = None if input_ids is None else self.child_log_probs(outputs.last_hidden_state, input_ids)
+            log_probs = None
+            if input_ids is not None:
+                log_probs = self.child_log_probs(
+                    *self.hide_padding(outputs.last_hidden_state, input_ids, attention_mask)
+                )
             return TDLMOutput(log_probs=log_probs, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         if input_ids is None:
             raise ValueError("a loss needs input_ids: the heights of z_t are read from its node ids.")
@@ -439,13 +444,20 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
         if timesteps is None:
             input_ids, timesteps = self._noise(input_ids, labels, generator)
         outputs = self.model(input_ids, timesteps, **context)
-        level_losses = self.level_losses(outputs.last_hidden_state, input_ids, timesteps, labels, num_items_in_batch)
+        hidden_BLD, z_t = self.hide_padding(outputs.last_hidden_state, input_ids, attention_mask)
+        level_losses = self.level_losses(hidden_BLD, z_t, timesteps, labels, num_items_in_batch)
         return TDLMOutput(
             loss=level_losses.sum(),
             level_losses=level_losses.detach(),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def hide_padding(
+        self, hidden_BLD: torch.Tensor, z_t: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head may see of hidden states and canvas; all of it, for a head that looks at one position."""
+        return hidden_BLD, z_t
 
     # ---- training loss ----
 
@@ -557,6 +569,20 @@ class TDLMForDiffusionLM(DiffusionLM):
         """(B, L, D) hidden states, (B, L) node ids -> (B, L, K) log-probabilities of children; -inf at leaves."""
         return self.head.log_probs(hidden_BLD, z_t, self.tree, self.model.embed_nodes.weight)
 
+    def hide_padding(
+        self, hidden_BLD: torch.Tensor, z_t: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a neighborhood's padding a joint head sees what it sees where there is none: token 0, hidden state 0."""
+        if attention_mask is None or self.config.neighborhood_size == 1:
+            return hidden_BLD, z_t
+        if bool((attention_mask[:, :1] == 0).any()):
+            raise ValueError(
+                f"padding on the left would shift the neighborhoods of {self.config.neighborhood_size} positions. Pad "
+                "on the right."
+            )
+        is_padding = attention_mask == 0
+        return hidden_BLD.masked_fill(is_padding[..., None], 0.0), z_t.masked_fill(is_padding, 0)
+
     # ---- training loss ----
 
     def noise(
@@ -640,6 +666,7 @@ class TDLMForDiffusionLM(DiffusionLM):
         heights = torch.where(unit_L == jumper_B[:, None], upper[:, None], heights) * scored
         z_t = self.tree.ancestor(input_ids, heights)
         hidden_BLD = self.model(z_t, t, **context).last_hidden_state
+        hidden_BLD, z_t = self.hide_padding(hidden_BLD, z_t, context.get("attention_mask"))
         waits = (heights == upper[:, None]) & scored
         level_H = torch.arange(self.tree.height, device=device)[:, None, None]
         is_scored_HBL = waits & (level_H >= lower[:, None]) & (level_H < upper[:, None])

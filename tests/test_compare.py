@@ -365,7 +365,8 @@ def test_costs_are_affine_in_depth(cost):
     rest, block = affine_in_depth(measure, build)
     assert rest + 5 * block == measure(build(5))
     assert matching_depth(rest + 5.4 * block, (rest, block)) == 5
-    assert matching_depth(rest - block, (rest, block)) == 1
+    with pytest.raises(ValueError, match="no depth matches: without its blocks the model costs"):
+        matching_depth(rest - block, (rest, block))
 
 
 @pytest.mark.parametrize("match", ["parameters", "flops"])
@@ -469,7 +470,15 @@ def changed(path: str, value):
         ("training.seed", 1, r"training sets \['seed'\], which `tdlm compare` sets itself"),
         ("training.eval_num_samples", 0, "eval_num_samples=0 must be at least 1"),
         ("training.per_device_train_batch_size", 25, "holds 24 documents, fewer than per_device_train_batch_size=25"),
-        ("seeds", [0, 0], r"seeds=\[0, 0\] must be different whole numbers"),
+        ("seeds", [0, 0], r"seeds=\[0, 0\] must list different whole numbers"),
+        ("seeds", 3, "seeds=3 must list different whole numbers"),
+        ("seeds", [-1], r"seeds=\[-1\] must list different whole numbers from 0"),
+        ("backbone.num_hidden_layers", 0, "backbone.num_hidden_layers=0 must be a whole number"),
+        ("training.per_device_train_batch_size", "4", "per_device_train_batch_size='4' must be a whole number"),
+        ("training.auto_find_batch_size", True, r"training sets \['auto_find_batch_size'\], which `tdlm compare`"),
+        ("tree.branching_factor", "x", "tree.branching_factor='x' must be a whole number"),
+        ("tree.height", 1, "a tree of height=1 with branching_factor=.* has fewer leaves than the 280 tokens"),
+        ("models.ar.kind", ["llama"], "models.ar needs a `kind:`, one of"),
         ("match", "time", "match='time' is not one of"),
         ("match", "flops", "match='flops' needs a `reference:` that is one of the models, not None"),
         ("reference", "ar", "reference='ar' is for match: parameters or flops"),

@@ -194,14 +194,14 @@ def test_a_vocabulary_head_on_two_concurrent_levels_is_hdlm():
 
 
 def test_the_fused_cross_entropy_of_torch_has_the_values_and_gradients_of_ours():
-    """What runs on CUDA where torch has it; here its reference path against the plain product."""
+    """What runs on CUDA where torch has it, against the plain product that runs elsewhere."""
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch has no linear_cross_entropy")
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(60, 16), torch.randn(300, 16), torch.randn(300)
     inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     targets, weights = torch.randint(0, 300, (60,)), torch.rand(60)
     plain = linear_cross_entropy(hidden, weight, bias, targets)
-    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        pytest.skip("torch has no linear_cross_entropy")
     fused = torch.nn.functional.linear_cross_entropy(
         *inputs[:2], targets, linear_bias=bias, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
     )
@@ -259,6 +259,27 @@ def test_synchronous_neighborhoods_jump_as_one():
     heights = tree.node_height(model.noise(x, x, t, torch.rand(200, 8)))
     assert (heights[:, :3] == heights[:, :1]).all() and (heights[:, 3:6] == heights[:, 3:4]).all()
     assert (heights[:, 6] == heights[:, 7]).all() and not (heights[:, 0] == heights[:, 3]).all()
+
+
+@pytest.mark.parametrize("jumps", ["synchronous", "independent"])
+def test_padding_is_neither_seen_nor_scored_by_a_joint_head(jumps):
+    """A padded neighborhood is as one that the sequence's end cuts short, whatever the padding token."""
+    tree = VocabTree.from_nested(EIGHT_LEAVES)
+    model = tiny_model(tree, head_type="joint", neighborhood_size=3, neighborhood_jumps=jumps).double()
+    x, t = torch.tensor([[1, 5, 3, 6]]), torch.tensor([0.9], dtype=torch.float64)
+    z = tree.ancestor(x, torch.tensor([[3, 3, 3, 3]]))
+    plain = model(input_ids=z, timesteps=t, labels=x).loss
+    log_probs = model(input_ids=z).log_probs
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    for pad in (0, 7):
+        padded, labels = (torch.nn.functional.pad(ids, (0, 1), value=value) for ids, value in ((z, pad), (x, -100)))
+        output = model(input_ids=padded, timesteps=t, labels=labels, attention_mask=mask)
+        torch.testing.assert_close(output.loss, plain)
+        torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).log_probs[:, :4], log_probs)
+    with pytest.raises(ValueError, match="padding on the left would shift the neighborhoods of 3 positions"):
+        model(input_ids=x, labels=x, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="padding would shift the neighborhoods of 3 positions"):
+        model.generate(x, attention_mask=torch.tensor([[1, 1, 1, 0]]), max_new_tokens=3)
 
 
 def test_the_training_gradient_of_a_joint_head_is_finite():

@@ -255,6 +255,8 @@ def test_bf16_models_train_and_evaluate(tree):
         ({"level_weighting": "linear", "level_weighting_scale": -1.0}, "level_weighting_scale=-1.0 must be above -1"),
         ({"head_type": "joint", "law": "concurrent"}, "head_type='joint' needs law='sequential', not 'concurrent'"),
         ({"neighborhood_size": 2}, "neighborhood_size=2 needs head_type='joint', not 'tied'"),
+        ({"neighborhood_jumps": "independent"}, "neighborhood_jumps='independent' needs head_type='joint', not 'tied'"),
+        ({"level_weighting_scale": 2.0}, "level_weighting_scale=2.0 needs a level_weighting, one of"),
         ({"neighborhood_size": 0}, "neighborhood_size=0 must be at least 1"),
         ({"head_type": "joint", "neighborhood_size": 11}, "neighborhood_size=11 give 4194304 joint classes, more than"),
         ({"neighborhood_pooling": "max"}, "neighborhood_pooling='max' is not one of"),
@@ -304,8 +306,8 @@ def test_level_weights_act_in_training_alone(tree):
     """App. D: the terms of the levels are multiplied, the bound is not touched."""
     x, t = torch.randint(0, 50, (40, 7), generator=seeded()), torch.linspace(0.01, 0.99, 40, dtype=torch.float64)
     outputs = {}
-    for weighting in (None, "linear"):
-        model = tiny_model(tree, level_weighting=weighting, level_weighting_scale=4.0)
+    for weighting, scale in ((None, 1.0), ("linear", 4.0)):
+        model = tiny_model(tree, level_weighting=weighting, level_weighting_scale=scale)
         z_t = model.noise(x, x, t, torch.rand(40, 7, generator=seeded()))
         arguments = {"input_ids": z_t, "timesteps": t, "labels": x}
         outputs[weighting] = (model.train()(**arguments).level_losses, model.eval()(**arguments).level_losses)

@@ -75,8 +75,9 @@ class BayesBackbone(nn.Module):
     vocab), of every child of the node that stands there (shared) or of every joint class (joint).
     """
 
-    def __init__(self, source: Source, head_type: str):
+    def __init__(self, source: Source, head_type: str, neighborhood_size: int = NUM_POSITIONS):
         super().__init__()
+        self.neighborhood_size = neighborhood_size
         tree, x = source.tree, source.x
         self.tree, self.x = tree, x
         self.below = torch.zeros(tree.num_nodes, tree.vocab_size, dtype=torch.bool)
@@ -104,8 +105,9 @@ class BayesBackbone(nn.Module):
     def _joint(self, z, p_outcomes):
         level = (self.tree.node_height(z).amax(1) - 1).clamp(min=0)
         slots = self.tree.child_slots[level][:, self.x]  # (B, outcomes, positions)
-        joint_class = slots[..., 0] * self.tree.branching_factor + slots[..., 1]
-        masses = torch.zeros(len(z), self.tree.branching_factor**2, dtype=torch.float64)
+        K, known = self.tree.branching_factor, self.neighborhood_size - NUM_POSITIONS  # slot 0 behind the end
+        joint_class = (slots[..., 0] * K + slots[..., 1]) * K**known
+        masses = torch.zeros(len(z), K**self.neighborhood_size, dtype=torch.float64)
         return masses.scatter_add(1, joint_class, p_outcomes)[:, None].expand(-1, NUM_POSITIONS, -1)
 
 
@@ -115,7 +117,7 @@ def bayes_model(source: Source, **fields) -> TDLMForDiffusionLM:
         fields = {"neighborhood_size": NUM_POSITIONS, **fields}
     config = tiny_config(source.tree, hidden_size=BAYES_WIDTH, **fields)
     model = TDLMForDiffusionLM(config, source.tree).eval().double()
-    model.model = BayesBackbone(source, config.head_type)
+    model.model = BayesBackbone(source, config.head_type, config.neighborhood_size)
     head = model.head
     for parameter in head.parameters():
         torch.nn.init.zeros_(parameter)

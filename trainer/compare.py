@@ -33,7 +33,16 @@ from tdlm.trainer.comparison import KINDS, Comparison, Kind, ModelSpec, Vocabula
 from tdlm.trainer.data import RandomCrops, evaluation_windows, load_text, pad_token_id, tokenize
 from tdlm.trainer.flops import affine_in_depth, diffusion_batch, flops_batch_size, matching_depth, training_flops
 from tdlm.trainer.generative import generative_perplexity, load_reference, mean_unigram_entropy
-from tdlm.trainer.own_process import peak_memory_mb, quiet, run_in_own_process, short_bars_off, write_json
+from tdlm.trainer.own_process import (
+    code_version,
+    describe_machine,
+    peak_memory_mb,
+    quiet,
+    run_in_own_process,
+    short_bars_off,
+    versions,
+    write_json,
+)
 from tdlm.trainer.quickstart import corpus_file
 from tdlm.trainer.run import make_tree
 from tdlm.trainer.training_args import TDLMTrainingArguments
@@ -402,6 +411,7 @@ def train_and_evaluate(trainer: Trainer, spec: RunSpec, checkpoints: Path) -> di
         "name": spec.name,
         "kind": spec.kind,
         "seed": spec.seed,
+        "made_by": {"commit": code_version(), "machine": describe_machine(), "versions": versions()},
         "bound": "upper bound" if KINDS[spec.kind].is_diffusion else "exact",
         **{name: value for name, value in evaluation.items() if name.startswith(wanted)},
         "training_tokens": tokens,

@@ -7,14 +7,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
-import transformers
 
 matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from tdlm.trainer.own_process import code_version, describe_machine, write_json
+from tdlm.trainer.own_process import write_json
 
 # Name of a measure -> its column's head and its format.
 COLUMNS = {
@@ -42,9 +40,7 @@ def write_comparison(
     results: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": describe_machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": code_version(),
+        "made_by": _distinct([run["made_by"] for run in runs]),
         "comparison": comparison,
         "models": models,
         "real_text": real,
@@ -58,9 +54,14 @@ def write_comparison(
     return results
 
 
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs of one model with several seeds -> mean, standard deviation and values of every measure."""
-    levels = [name for name in runs[0] if name.startswith("nelbo_level_")]
+    # The digits of MDM-Prime are no levels of a tree.
+    levels = [name for name in runs[0] if name.startswith("nelbo_level_") and runs[0]["kind"] == "tdlm"]
     measures = [name for name in (*COLUMNS, *levels) if name in runs[0]]
     first = {name: runs[0][name] for name in ("name", "bound", "peak_memory_of")}
     samples = [
@@ -93,10 +94,11 @@ def format_table(results: dict[str, Any]) -> str:
         for model in models
     ]
     parts = [_markdown(head, rows), _notes(results)]
-    height = max((model["height"] for model in models), default=0)
-    if height > 1:
-        head = ["model", *(f"level {level}" for level in reversed(range(height)))]
-        rows = [[m["name"], *(_cell(m, f"nelbo_level_{i}") for i in reversed(range(height)))] for m in models]
+    trees = [model for model in models if model["height"] > 1]
+    if trees:
+        levels = range(max(model["height"] for model in trees))[::-1]
+        head = ["model", *(f"level {level}" for level in levels)]
+        rows = [[model["name"], *(_cell(model, f"nelbo_level_{level}") for level in levels)] for model in trees]
         parts += ["In-level terms of the NELBO, nats per token, from the root down to the tokens (level 0):"]
         parts += [_markdown(head, rows)]
     parts += [_samples_table(models, results["real_text"], comparison["generative"])]
@@ -107,19 +109,21 @@ def _notes(results: dict[str, Any]) -> str:
     comparison = results["comparison"]
     of = {model["peak_memory_of"] for model in results["models"]}
     data, training = comparison["data"], comparison["training"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    made_by = [f"{by['machine']}; {by['versions']}; commit {by['commit']}" for by in results["made_by"]]
+    mixed = " (mixed: compare with care)" if len(made_by) > 1 else ""
     return "\n".join(
         [
             "Mean ± standard deviation over the seeds, sorted by NELBO, on the same held-out windows. `upper bound`: "
             "a seeded Monte Carlo estimate of a true upper bound on the negative log-likelihood, with its error; "
             "`exact`: the negative log-likelihood itself. PPL and bpb follow from it.",
             "FLOPs: counted, forward and backward, eager attention, per token of a window. Peak memory of the "
-            f"{' and the '.join(sorted(of))} in training. Losses of training are weighted and not comparable.",
+            f"{' and the '.join(sorted(of))} in training. Training time includes writing checkpoints. Losses of "
+            "training are weighted and not comparable.",
             "",
             f"* command: `{results['command']}`",
             f"* data: {data['train']} ({data['train_split']}), {data['validation']} ({data['validation_split']}); "
             f"{training['max_steps']} steps; depth matched by {comparison['match']}",
-            f"* {results['date']}; {results['machine']}; {versions}; commit {results['commit']}",
+            f"* {results['date']}; {' and '.join(made_by)}{mixed}",
         ]
     )
 
@@ -184,15 +188,17 @@ def plot_nelbo(axes: Axes, models: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_levels(axes: Axes, models: Sequence[dict[str, Any]]) -> None:
-    left, height = np.zeros(len(models)), max(model["height"] for model in models)
+    """One stack a tree model."""
+    trees = [model for model in models if model["height"] > 0]
+    left, height = np.zeros(len(trees)), max((model["height"] for model in trees), default=1)
     colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.9, height))
     for level in reversed(range(height)):
-        means = [(model.get(f"nelbo_level_{level}") or {"mean": 0.0})["mean"] for model in models]
-        axes.barh(range(len(models)), means, left=left, color=colours[level], edgecolor="white", label=f"level {level}")
+        means = [(model.get(f"nelbo_level_{level}") or {"mean": 0.0})["mean"] for model in trees]
+        axes.barh(range(len(trees)), means, left=left, color=colours[level], edgecolor="white", label=f"level {level}")
         left += means
     axes.set(xlabel="NELBO by level, nats per token (level 0: tokens)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    _name_rows(axes, models)
+    _name_rows(axes, trees)
 
 
 def _plot_against(measure: str, label: str) -> Callable[[Axes, Sequence[dict[str, Any]]], None]:

@@ -39,6 +39,7 @@ DERIVED_FIELDS = {
 FIXED_ARGUMENTS = {
     *("output_dir", "seed", "data_seed", "eval_strategy", "eval_seed", "load_best_model_at_end"),
     *("save_strategy", "save_total_limit", "save_only_model", "resume_from_checkpoint", "dataloader_drop_last"),
+    *("auto_find_batch_size", "ignore_data_skip", "remove_unused_columns", "label_smoothing_factor"),
 }
 # The same batches for every model.
 BUDGET_ARGUMENTS = {
@@ -224,7 +225,14 @@ def tree_of_that_shape(options: dict[str, Any], vocab_size: int) -> VocabTree:
     if options["kind"] == "flat":
         return VocabTree.flat(vocab_size)
     nodes_per_height = balanced_nodes_per_height(vocab_size, options["branching_factor"])
-    missing = (options.get("height") or 0) + 1 - len(nodes_per_height)
+    least = len(nodes_per_height) - 1
+    height = options.get("height", least)
+    if height < least:
+        raise ValueError(
+            f"a tree of height={height} with branching_factor={options['branching_factor']} has fewer leaves than the "
+            f"{vocab_size} tokens. Use a height of at least {least}."
+        )
+    missing = height - least
     return VocabTree.contiguous(nodes_per_height + [1] * missing, options["branching_factor"])
 
 
@@ -285,13 +293,17 @@ def parse_comparison(settings: dict[str, Any]) -> Comparison:
     _check_keys("data", data, DataSection.__dataclass_fields__)
     _check_keys("generative", generative, GenerativeSection.__dataclass_fields__)
     _check_keys("backbone", settings["backbone"], SIZES, SIZES[:4])
+    for name, value in settings["backbone"].items():
+        if not _is_positive(value):
+            raise ValueError(f"backbone.{name}={value!r} must be a whole number, at least 1.")
     training, seeds = settings["training"], settings.get("seeds", [0])
     _check_training("training", training)
     _check_keys("training", training, required=["max_steps"])
     if not _is_positive(training["max_steps"]):
         raise ValueError(f"training.max_steps={training['max_steps']!r} must be a whole number, at least 1.")
-    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"seeds={seeds} must be different whole numbers, at least one.")
+    are_seeds = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    if not are_seeds or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds} must list different whole numbers from 0, at least one.")
     default_tree = _tree_options("tree", settings.get("tree", "flat"))
     models = {str(name): _model(str(name), entry, default_tree) for name, entry in settings["models"].items()}
     comparison = Comparison(
@@ -345,7 +357,7 @@ def _model(name: str, entry: Any, default_tree: dict[str, Any]) -> ModelSpec:
     where = f"models.{name}"
     if not re.fullmatch(r"[\w.+-]+", name):
         raise ValueError(f"{where}: a name has letters, digits and `_.+-` only; it names a folder.")
-    if not isinstance(entry, dict) or entry.get("kind") not in KINDS:
+    if not isinstance(entry, dict) or entry.get("kind") not in list(KINDS):
         raise ValueError(f"{where} needs a `kind:`, one of {sorted(KINDS)}.")
     fields = dict(entry)
     kind, tree = fields.pop("kind"), fields.pop("tree", None)
@@ -369,10 +381,13 @@ def _tree_options(where: str, tree: Any, default: dict[str, Any] | None = None) 
     if not isinstance(section, dict):
         raise ValueError(f"{where}={tree!r} must be `flat` or a section of `name: value` lines.")
     options = section if "kind" in section else {**(default or {"kind": "clustered"}), **section}
-    if options["kind"] not in TREE_OPTIONS:
+    if options["kind"] not in list(TREE_OPTIONS):
         raise ValueError(f"{where}: kind {options['kind']!r} is not one of {sorted(TREE_OPTIONS)}.")
     known = TREE_OPTIONS[options["kind"]]
     _check_keys(where, options, ["kind", *known], known[:1])
+    for name in sorted({"branching_factor", "height"} & set(options)):
+        if not _is_positive(options[name]):
+            raise ValueError(f"{where}.{name}={options[name]!r} must be a whole number, at least 1.")
     return options
 
 
@@ -380,6 +395,10 @@ def _check_training(where: str, training: Any) -> None:
     if not isinstance(training, dict):
         raise ValueError(f"{where} must be a section of `name: value` lines, not {training!r}.")
     _check_keys(where, training, TDLMTrainingArguments.__dataclass_fields__)
+    counts = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+    for name in sorted(counts & set(training)):
+        if not _is_positive(training[name]):
+            raise ValueError(f"{where}.{name}={training[name]!r} must be a whole number, at least 1.")
     if fixed := sorted(FIXED_ARGUMENTS & set(training)):
         raise ValueError(f"{where} sets {fixed}, which `tdlm compare` sets itself. Leave it out.")
 

@@ -51,9 +51,15 @@ def affine_in_depth(cost: Callable[[PreTrainedModel], float], build: BuildModel)
 
 
 def matching_depth(target: float, affine: Sequence[float]) -> int:
-    """The depth, at least 1, whose cost is nearest to `target`."""
+    """The depth whose cost is nearest to `target`; raises `ValueError` if that would be less than one block."""
     rest, block = affine
-    return max(1, round((target - rest) / block))
+    depth = round((target - rest) / block)
+    if depth < 1:
+        raise ValueError(
+            f"no depth matches: without its blocks the model costs {rest:,.0f}, each block {block:,.0f}, and the "
+            f"reference {target:,.0f} in all. Make the reference larger, or match by depth."
+        )
+    return depth
 
 
 __all__ = ["affine_in_depth", "diffusion_batch", "flops_batch_size", "matching_depth", "training_flops"]

@@ -66,6 +66,10 @@ def describe_machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
 
 
+def versions() -> str:
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 def code_version() -> str | None:
     """The git commit of this package's source, `-dirty` if it was changed since; `None` outside a checkout."""
     source = Path(__file__).resolve()
@@ -94,5 +98,6 @@ __all__ = [
     "quiet",
     "run_in_own_process",
     "short_bars_off",
+    "versions",
     "write_json",
 ]
