@@ -135,17 +135,7 @@ class TDLMGenerationMixin:
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, config)
         num_new = self._num_new_tokens(input_ids.shape[1], config)
         canvas = self._absorbed_canvas(input_ids, num_new)
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
-        # Made once: from a 2-D mask every forward would ask the device whether there is padding, and wait.
-        like_hidden = attention_mask.new_zeros((*attention_mask.shape, 1), dtype=self.dtype)
-        attention_bias = create_bidirectional_mask(
-            config=self.config, inputs_embeds=like_hidden, attention_mask=attention_mask
-        )
-        context = {
-            "attention_mask": attention_bias,
-            # Positions count what is seen, so padding shifts nothing.
-            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-        }
+        context = self._context(torch.nn.functional.pad(attention_mask, (0, num_new), value=1))
         trajectory = [canvas] if config.output_trajectory else []
 
         def show(canvas: torch.Tensor) -> None:
@@ -169,6 +159,15 @@ class TDLMGenerationMixin:
             trajectory=torch.stack(trajectory) if trajectory else None,
             timesteps=torch.tensor(times) if trajectory else None,
         )
+
+    def _context(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, L) mask -> what every forward pass gets. Positions count what is seen, so padding shifts nothing."""
+        # Made once: from a 2-D mask every forward would ask the device whether there is padding, and wait.
+        like_hidden = attention_mask.new_zeros((*attention_mask.shape, 1), dtype=self.dtype)
+        attention_bias = create_bidirectional_mask(
+            config=self.config, inputs_embeds=like_hidden, attention_mask=attention_mask
+        )
+        return {"attention_mask": attention_bias, "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
 
     def _absorbed_canvas(self, input_ids: torch.Tensor, num_new: int) -> torch.Tensor:
         """(B, P) prompts -> the canvas at t = 1: the prompts and `num_new` roots."""

@@ -427,13 +427,7 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
         """
         context = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         if labels is None:
-            outputs = self.model(input_ids, timesteps, inputs_embeds=inputs_embeds, **context)
-            log_probs = None
-            if input_ids is not None:
-                log_probs = self.child_log_probs(
-                    *self.hide_padding(outputs.last_hidden_state, input_ids, attention_mask)
-                )
-            return TDLMOutput(log_probs=log_probs, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+            return self._prediction(input_ids, timesteps, inputs_embeds, context)
         if input_ids is None:
             raise ValueError("a loss needs input_ids: the heights of z_t are read from its node ids.")
         if timesteps is not None and timesteps.dtype in (torch.bfloat16, torch.float16):
@@ -452,6 +446,20 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prediction(
+        self,
+        z_t: torch.Tensor | None,
+        timesteps: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        context: dict[str, Any],
+    ) -> TDLMOutput:
+        outputs = self.model(z_t, timesteps, inputs_embeds=inputs_embeds, **context)
+        log_probs = None
+        if z_t is not None:  # embeddings do not say which nodes they are of
+            seen = self.hide_padding(outputs.last_hidden_state, z_t, context["attention_mask"])
+            log_probs = self.child_log_probs(*seen)
+        return TDLMOutput(log_probs=log_probs, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def hide_padding(
         self, hidden_BLD: torch.Tensor, z_t: torch.Tensor, attention_mask: torch.Tensor | None

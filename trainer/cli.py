@@ -263,6 +263,16 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--top-k", type=int, help="keep the k best children of a node")
     command.add_argument("--top-p", type=float, help="keep the best children up to this mass")
 
+    _add_compare_command(commands)
+
+    command = _command(commands, "quickstart", quickstart, lambda result: None, "train a small model in minutes")
+    command.add_argument("--output", default="runs/quickstart", help="folder for the model, results and report")
+    command.add_argument("--max-steps", type=int, help="training steps of each model (default: for 2 CPU cores)")
+    command.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_compare_command(commands: Any) -> None:
     command = _command(
         commands, "compare", compare, _print_compare, "train models on the same batches and tabulate them"
     )
@@ -274,12 +284,6 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--reference", help="causal model that scores the samples, in place of generative.reference")
     command.add_argument("--gguf-file", help="weights of the reference, if it is a GGUF file in that folder")
     command.add_argument("--list", action="store_true", help="list the recipes that ship")
-
-    command = _command(commands, "quickstart", quickstart, lambda result: None, "train a small model in minutes")
-    command.add_argument("--output", default="runs/quickstart", help="folder for the model, results and report")
-    command.add_argument("--max-steps", type=int, help="training steps of each model (default: for 2 CPU cores)")
-    command.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 def _add_tree_commands(actions: Any) -> None:
