@@ -185,14 +185,11 @@ class TDLMGenerationMixin:
         show: Callable[[torch.Tensor], None],
     ) -> tuple[torch.Tensor, int]:
         """(B, L) canvas with absorbed positions -> (B, L) token ids and the number of forward passes."""
-        steps = list(itertools.pairwise(times))
-        # All step laws go to the device at once: a copy inside the loop would wait for it.
-        posteriors_T = torch.stack([self.law.posterior(s, t) for t, s in steps]).to(canvas.device)
-        times_T = torch.tensor(times, dtype=torch.float64).to(canvas.device)
+        times_T, posteriors_T = self._step_laws(times, canvas.device)
         lower_heights = self.law.lower_heights().to(canvas.device)
         heights = self.tree.node_height(canvas)
         num_forwards = 0
-        for step in range(len(steps)):
+        for step in range(len(posteriors_T)):
             u = self.one_per_unit(draw_uniforms(canvas.shape, generator, canvas.device, torch.float64))
             target = self.law.sample_posterior(heights, posteriors_T[step], u)
             for jump in range(self.law.jumps_per_step):
@@ -206,6 +203,12 @@ class TDLMGenerationMixin:
             show(canvas)
         assert int(heights.max()) == 0, "a position is left above a leaf"
         return canvas, num_forwards
+
+    def _step_laws(self, times: list[float], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (T+1,) times and (T, H+1, H+1) posteriors of the steps between them, float64."""
+        # Sent to the device at once: a copy inside the loop would wait for it.
+        posteriors = torch.stack([self.law.posterior(s, t) for t, s in itertools.pairwise(times)])
+        return torch.tensor(times, dtype=torch.float64).to(device), posteriors.to(device)
 
     def _jump(
         self,

@@ -5,7 +5,6 @@ Shape legend: B sequences, L positions, D hidden size, V tokens, N digits of a t
 M = L N digits of a sequence, R rows (positions whose digits are scored or drawn), C scores of a head.
 """
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .configuration_mdm_prime import MDMPrimeConfig
 from .modeling_tdlm import IGNORE_INDEX, DiffusionLM, TDLMModel
 from .process_tdlm import TRAINING_FLOOR, DirectLaw, HeightLaw, draw_uniforms
-from .vocab_tree_tdlm import VOCAB_HASH_BYTES, hash_vocabulary
+from .vocab_tree_tdlm import OfOneTokenizer
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mdm_prime.MDMPrimeConfig",
@@ -31,7 +30,7 @@ AUTO_MAP = {
 # ---- the code ----
 
 
-class TokenCode(nn.Module):
+class TokenCode(OfOneTokenizer):
     """Every token's code, a random place in the vocabulary, written as N digits in base K, the highest first.
 
     Codes are exactly the integers below V. So digits revealed so far belong to some token if and only if the smallest
@@ -45,7 +44,14 @@ class TokenCode(nn.Module):
 
     code_of_token: torch.Tensor
     token_of_code: torch.Tensor
-    vocab_hash: torch.Tensor
+    too_small_for = (
+        "the model codes for vocab_size={vocab_size} tokens. Make a model for this tokenizer "
+        "(`MDMPrimeConfig.for_vocab`)."
+    )
+    made_for_another = (
+        "these token codes were made for another tokenizer: the hash of the tokenizer's vocabulary differs "
+        "from the one stored with the codes. Use the tokenizer saved beside the model, or train a new model."
+    )
 
     def __init__(self, config: MDMPrimeConfig):
         super().__init__()
@@ -54,7 +60,6 @@ class TokenCode(nn.Module):
         # Persistent, because non-persistent buffers come back uninitialised from a model built on the meta device.
         self.register_buffer("code_of_token", torch.zeros(self.vocab_size, dtype=torch.int64))
         self.register_buffer("token_of_code", torch.zeros(self.vocab_size, dtype=torch.int64))
-        self.register_buffer("vocab_hash", torch.zeros(VOCAB_HASH_BYTES, dtype=torch.uint8))
 
     @property
     def mask_digit(self) -> int:
@@ -93,30 +98,7 @@ class TokenCode(nn.Module):
         """(..., N) digits -> (..., N) what each adds to the code, masked ones nothing."""
         return digits.masked_fill(digits == self.mask_digit, 0) * self._places(digits.device)
 
-    # ---- tokenizer, validation ----
-
-    def bind(self, tokenizer: Any) -> "TokenCode":
-        """Record that this code belongs to `tokenizer`; raises `ValueError` if a token has no code."""
-        self.check_size(tokenizer)
-        self.vocab_hash.copy_(hash_vocabulary(tokenizer.get_vocab()))
-        return self
-
-    def check_size(self, tokenizer: Any) -> None:
-        largest = max(tokenizer.get_vocab().values()) + 1
-        if largest > self.vocab_size:
-            raise ValueError(
-                f"the tokenizer has token ids up to {largest - 1}, the model codes for vocab_size={self.vocab_size} "
-                "tokens. Make a model for this tokenizer (`MDMPrimeConfig.for_vocab`)."
-            )
-
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise `ValueError` unless this code was bound to a tokenizer with the same vocabulary."""
-        self.check_size(tokenizer)
-        if self.vocab_hash.any() and not torch.equal(self.vocab_hash.cpu(), hash_vocabulary(tokenizer.get_vocab())):
-            raise ValueError(
-                "these token codes were made for another tokenizer: the hash of the tokenizer's vocabulary differs "
-                "from the one stored with the codes. Use the tokenizer saved beside the model, or train a new model."
-            )
+    # ---- validation ----
 
     def validate(self) -> "TokenCode":
         """Raise `ValueError` unless the two tables are a permutation of the vocabulary and its inverse."""
@@ -397,11 +379,8 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
         show: Callable[[torch.Tensor], None],
     ) -> tuple[torch.Tensor, int]:
         """(B, L, N) canvas with masked digits -> (B, L) token ids and the number of forward passes."""
-        steps = list(itertools.pairwise(times))
-        # All step laws go to the device at once: a copy inside the loop would wait for it.
-        posteriors_T = torch.stack([self.law.posterior(s, t) for t, s in steps]).to(canvas.device)
-        times_T = torch.tensor(times, dtype=torch.float64).to(canvas.device)
-        for step in range(len(steps)):
+        times_T, posteriors_T = self._step_laws(times, canvas.device)
+        for step in range(len(posteriors_T)):
             is_masked = canvas == self.code.mask_digit
             u = draw_uniforms(canvas.shape, generator, canvas.device, torch.float64)
             jumps = is_masked & (self.law.sample_posterior(is_masked.long(), posteriors_T[step], u) == 0)
@@ -409,7 +388,7 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
             canvas = self._reveal(canvas, jumps, hidden_BLD, draw)
             show(canvas)
         assert not bool((canvas == self.code.mask_digit).any()), "a digit is left masked"
-        return self.code.tokens(canvas), len(steps)
+        return self.code.tokens(canvas), len(posteriors_T)
 
     def _reveal(
         self,

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,7 +59,38 @@ def validate_shape(nodes_per_height: Sequence[int], branching_factor: int) -> No
             )
 
 
-class VocabTree(nn.Module):
+class OfOneTokenizer(nn.Module):
+    """A table over a tokenizer's vocabulary, which remembers whose: the hash is zeros while it belongs to none."""
+
+    vocab_size: int
+    too_small_for: str  # what to say and do where the tokenizer has more tokens
+    made_for_another: str  # and where its vocabulary is not the one this was made for
+    vocab_hash: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("vocab_hash", torch.zeros(VOCAB_HASH_BYTES, dtype=torch.uint8))
+
+    def bind(self, tokenizer: Any) -> Self:
+        """Record that this belongs to `tokenizer`; raises `ValueError` if a token has no place in it."""
+        self.check_size(tokenizer)
+        self.vocab_hash.copy_(hash_vocabulary(tokenizer.get_vocab()))
+        return self
+
+    def check_size(self, tokenizer: Any) -> None:
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= self.vocab_size:
+            problem = self.too_small_for.format(vocab_size=self.vocab_size)
+            raise ValueError(f"the tokenizer has token ids up to {largest}, {problem}")
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise `ValueError` unless this was bound to a tokenizer with the same vocabulary."""
+        self.check_size(tokenizer)
+        if self.vocab_hash.any() and not torch.equal(self.vocab_hash.cpu(), hash_vocabulary(tokenizer.get_vocab())):
+            raise ValueError(self.made_for_another)
+
+
+class VocabTree(OfOneTokenizer):
     """A tree over a vocabulary, as integer tables that live on the model's device and in its safetensors.
 
     Every look-up is one gather. The tables are redundant on purpose (`child_ids` alone is the tree); `validate`
@@ -77,7 +108,13 @@ class VocabTree(nn.Module):
     child_slots: torch.Tensor
     child_ids: torch.Tensor
     child_counts: torch.Tensor
-    vocab_hash: torch.Tensor
+    too_small_for = (
+        "the tree has vocab_size={vocab_size} tokens. Build the tree for this tokenizer (`tdlm tree build`)."
+    )
+    made_for_another = (
+        "this vocabulary tree was built for another tokenizer: the hash of the tokenizer's vocabulary differs "
+        "from the one stored with the tree. Use the tokenizer saved beside the model, or build a new tree."
+    )
 
     def __init__(self, nodes_per_height: Sequence[int], branching_factor: int):
         super().__init__()
@@ -90,12 +127,11 @@ class VocabTree(nn.Module):
         self.register_buffer("child_slots", torch.zeros(self.height, self.vocab_size, dtype=torch.int64))
         self.register_buffer("child_ids", torch.zeros(num_internal, branching_factor, dtype=torch.int64))
         self.register_buffer("child_counts", torch.zeros(num_internal, dtype=torch.int64))
-        self.register_buffer("vocab_hash", torch.zeros(VOCAB_HASH_BYTES, dtype=torch.uint8))
 
     # ---- sizes (host integers, no device access) ----
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int:  # type: ignore[override]  # it follows from the shape
         return self.nodes_per_height[0]
 
     @property
@@ -251,31 +287,6 @@ class VocabTree(nn.Module):
         padded = [(*paths[token_id], *[0] * (height - len(paths[token_id]))) for token_id in range(len(paths))]
         tree = cls.from_paths(torch.tensor(padded), branching_factor or widest)
         return tree.bind(tokenizer) if tokenizer is not None else tree
-
-    # ---- tokenizer ----
-
-    def bind(self, tokenizer: Any) -> "VocabTree":
-        """Record that this tree belongs to `tokenizer`; raises `ValueError` if a token has no leaf."""
-        self.check_size(tokenizer)
-        self.vocab_hash.copy_(hash_vocabulary(tokenizer.get_vocab()))
-        return self
-
-    def check_size(self, tokenizer: Any) -> None:
-        largest = max(tokenizer.get_vocab().values()) + 1
-        if largest > self.vocab_size:
-            raise ValueError(
-                f"the tokenizer has token ids up to {largest - 1}, the tree has vocab_size={self.vocab_size} tokens. "
-                "Build the tree for this tokenizer (`tdlm tree build`)."
-            )
-
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise `ValueError` unless this tree was bound to a tokenizer with the same vocabulary."""
-        self.check_size(tokenizer)
-        if self.vocab_hash.any() and not torch.equal(self.vocab_hash.cpu(), hash_vocabulary(tokenizer.get_vocab())):
-            raise ValueError(
-                "this vocabulary tree was built for another tokenizer: the hash of the tokenizer's vocabulary differs "
-                "from the one stored with the tree. Use the tokenizer saved beside the model, or build a new tree."
-            )
 
     # ---- files ----
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scipy import stats
-from tiny import SIX_LEAVES, Source, bayes_sampler, chi_square_p, tiny_model
+from tiny import SIX_LEAVES, Recorder, Source, bayes_sampler, chi_square_p, tiny_model
 from transformers import GenerationConfig
 
 from tdlm import TDLMGenerationConfig, VocabTree
@@ -173,16 +173,6 @@ def test_top_k_1_is_greedy_and_temperature_sharpens():
 
 
 def test_a_streamer_sees_every_canvas_and_the_end(eight_leaf_tree):
-    class Recorder:
-        def __init__(self):
-            self.canvases, self.ended = [], False
-
-        def put(self, value):
-            self.canvases.append(value)
-
-        def end(self):
-            self.ended = True
-
     recorder, model = Recorder(), tiny_model(eight_leaf_tree)
     output = model.generate(max_new_tokens=4, num_denoising_steps=6, streamer=recorder, generator=seeded())
     assert len(recorder.canvases) == 6 and recorder.ended

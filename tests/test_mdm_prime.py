@@ -10,10 +10,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from test_remote_code import in_a_stranger
-from tiny import NUM_POSITIONS, Source, chi_square_p
+from tiny import NUM_POSITIONS, Recorder, Sequences, Source, chi_square_p
 from tiny_prime import bayes_prime_model, prime_config, prime_model
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tdlm import MDMPrimeConfig, MDMPrimeForDiffusionLM, MDMPrimeModel, VocabTree
@@ -289,16 +288,6 @@ def test_greedy_top_k_and_temperature_act_on_digits():
 
 
 def test_a_streamer_sees_every_canvas():
-    class Recorder:
-        def __init__(self):
-            self.canvases, self.ended = [], False
-
-        def put(self, value):
-            self.canvases.append(value)
-
-        def end(self):
-            self.ended = True
-
     recorder, model = Recorder(), prime_model(50)
     output = model.generate(max_new_tokens=4, num_denoising_steps=6, streamer=recorder, generator=seeded())
     assert len(recorder.canvases) == 6 and recorder.ended
@@ -306,23 +295,6 @@ def test_a_streamer_sees_every_canvas():
 
 
 # ---- training ----
-
-
-class Sequences(Dataset):
-    """Sequences with a little structure; every second one begins with context."""
-
-    def __init__(self, count: int, context: int = 0):
-        starts = torch.randint(0, 50, (count,), generator=seeded())
-        self.rows = [(start + torch.arange(12) * 3) % 50 for start in starts]
-        self.context = context
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        labels = self.rows[index].clone()
-        labels[: self.context * (index % 2)] = IGNORE
-        return {"input_ids": self.rows[index], "labels": labels}
 
 
 def train(tmp_path, head_type="digit", steps=3, **options):

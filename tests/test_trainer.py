@@ -5,33 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
-from torch.utils.data import Dataset
+from tiny import Sequences, tiny_model
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from tdlm import VocabTree
 from tdlm.trainer import TDLMDataCollator, TDLMTrainer, TDLMTrainingArguments, nelbo_metrics
 
 TREE = VocabTree.random(50, 4, seed=0)
-
-
-class Sequences(Dataset):
-    """Sequences of tokens with a little structure; of unequal length, or partly context, if asked."""
-
-    def __init__(self, count: int, uneven: bool = False, context: int = 0):
-        generator = torch.Generator().manual_seed(0)
-        starts = torch.randint(0, 50, (count,), generator=generator)
-        lengths = [12 - (i % 5 if uneven else 0) for i in range(count)]
-        self.rows = [(start + torch.arange(n) * 3) % 50 for start, n in zip(starts, lengths, strict=True)]
-        self.context = context
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        labels = self.rows[index].clone()
-        labels[: self.context * (index % 2)] = -100
-        return {"input_ids": self.rows[index], "labels": labels}
 
 
 def train(tmp_path, dataset, steps=3, plain=False, **options):

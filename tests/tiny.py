@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from transformers.modeling_outputs import BaseModelOutput
 
 from tdlm import TDLMConfig, TDLMForDiffusionLM, VocabTree
@@ -160,6 +161,38 @@ def bayes_sampler(source: Source, **fields) -> TDLMForDiffusionLM:
         model.head = CachedHead(model)
         model.model = IndexBackbone(source.tree.num_nodes)
     return model
+
+
+class Sequences(Dataset):
+    """Sequences of tokens with a little structure; of unequal length, or partly context, if asked."""
+
+    def __init__(self, count: int, uneven: bool = False, context: int = 0):
+        generator = torch.Generator().manual_seed(0)
+        starts = torch.randint(0, 50, (count,), generator=generator)
+        lengths = [12 - (i % 5 if uneven else 0) for i in range(count)]
+        self.rows = [(start + torch.arange(n) * 3) % 50 for start, n in zip(starts, lengths, strict=True)]
+        self.context = context
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        labels = self.rows[index].clone()
+        labels[: self.context * (index % 2)] = -100
+        return {"input_ids": self.rows[index], "labels": labels}
+
+
+class Recorder:
+    """A streamer that keeps what it is shown."""
+
+    def __init__(self):
+        self.canvases, self.ended = [], False
+
+    def put(self, value):
+        self.canvases.append(value)
+
+    def end(self):
+        self.ended = True
 
 
 def chi_square_p(source: Source, draws: torch.Tensor) -> float:
