@@ -638,7 +638,7 @@ class TDLMForDiffusionLM(DiffusionLM):
         is_scored_HBL = self.law.levels_of_jump().to(z_t.device)[heights].movedim(-1, 0) & scored
         level_R, position_R, nll_R = self._path_nll(hidden_BLD, z_t, labels, is_scored_HBL)
         weights_R = weights.flatten()[position_R]
-        if self.training:
+        if self.training and self.config.level_weighting is not None:
             by_level = level_weights(self.config.level_weighting, self.config.level_weighting_scale, self.tree.height)
             weights_R = weights_R * by_level.to(weights_R.device)[level_R]
         return level_R, position_R, nll_R * weights_R.to(nll_R.dtype)

@@ -121,8 +121,8 @@ class HeightLaw(ABC):
 
         `floor` bounds the denominator from below (training only). A rate is 0 where its upper height is empty.
         """
-        upper = torch.tensor([upper for _, upper in self.jumps], device=t.device)
-        m_upper = self.height_probabilities(t).index_select(-1, upper)
+        m = self.height_probabilities(t)
+        m_upper = torch.stack([m[..., upper] for _, upper in self.jumps], dim=-1)  # an index tensor would be a copy
         return torch.where(m_upper > 0, self.jump_densities(t) / m_upper.clamp(min=floor), 0.0)
 
     def sampling_times(self, steps_per_level: Sequence[int]) -> list[float]:
