@@ -1,6 +1,6 @@
 """Tree-structured diffusion language model: a DiT backbone over node ids and a head over child slots (2604.03537).
 
-Architecture: pre-norm DiT; LayerNorm without bias, in float32; adaLN-zero (6 D values a block) from a 128-wide
+Architecture: pre-norm DiT; LayerNorm without bias, in float32; adaLN (6 D values a block) from a 128-wide
 condition; rotary positions; bidirectional attention without biases; tanh-GELU MLP of 4 D; no dropout, no QK-norm.
 Shape legend: B sequences, L positions, D hidden size, N nodes, V tokens, H height of the root, K child slots,
 R rows: (position, level) pairs that are scored.
@@ -201,8 +201,24 @@ class TDLMMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
 
 
+class TDLMModulation(nn.Linear):
+    """The condition -> vectors that shift, scale and gate, side by side; `gates` says which of them gate."""
+
+    def __init__(self, config: TDLMConfig, num_parts: int, gates: tuple[int, ...] = ()):
+        super().__init__(config.condition_size, num_parts * config.hidden_size)
+        self.num_parts = num_parts
+        self.gates = gates
+
+    def init_weights(self, open_gates: bool) -> None:
+        """Ignore the condition: no shift, no scale, and every gate open (1) or shut (0: the block is the identity)."""
+        bias_PD = torch.zeros_like(self.bias).view(self.num_parts, -1)
+        bias_PD[list(self.gates)] = float(open_gates)
+        init.zeros_(self.weight)
+        init.copy_(self.bias, bias_PD.flatten())
+
+
 class TDLMBlock(GradientCheckpointingLayer):
-    """One DiT block: the condition shifts, scales and gates both branches. It starts as the identity."""
+    """One DiT block: the condition shifts, scales and gates both branches."""
 
     def __init__(self, config: TDLMConfig, layer_idx: int):
         super().__init__()
@@ -210,7 +226,7 @@ class TDLMBlock(GradientCheckpointingLayer):
         self.self_attn = TDLMAttention(config, layer_idx)
         self.mlp_norm = TDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = TDLMMLP(config)
-        self.modulation = nn.Linear(config.condition_size, 6 * config.hidden_size)
+        self.modulation = TDLMModulation(config, num_parts=6, gates=(2, 5))
 
     def forward(
         self,
@@ -243,12 +259,15 @@ class TDLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Linear and embedding: normal(0, initializer_range), biases 0; norms 1; modulations 0 (adaLN-zero)."""
+        """Linear and embedding: normal(0, initializer_range), biases 0; norms 1; modulations 0, but gates 1 where the
+        time is not seen: there is then nothing to condition on, and a plain pre-norm transformer trains faster.
+
+        Only modules with parameters of their own may be named here: of others, code that travels with a checkpoint
+        is taken for initialised.
+        """
         super()._init_weights(module)
-        if isinstance(module, TDLMBlock):
-            _zero(module.modulation)
-        elif isinstance(module, TDLMModel):
-            _zero(module.final_modulation)
+        if isinstance(module, TDLMModulation):
+            module.init_weights(open_gates=not self.config.time_conditioning)
         elif isinstance(module, (TiedHead, VocabHead)):
             init.zeros_(module.bias)
             if isinstance(module, (NodeHead, VocabHead)) and module.weight is not None:
@@ -269,11 +288,6 @@ class TDLMPreTrainedModel(PreTrainedModel):
         )
 
 
-def _zero(linear: nn.Linear) -> None:
-    init.zeros_(linear.weight)
-    init.zeros_(linear.bias)
-
-
 class TDLMModel(TDLMPreTrainedModel):
     """The backbone: node ids -> hidden states, normed and modulated, ready for a head."""
 
@@ -285,7 +299,7 @@ class TDLMModel(TDLMPreTrainedModel):
         self.time_embedding = TDLMTimeEmbedding(config)
         self.layers = nn.ModuleList([TDLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = TDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.final_modulation = nn.Linear(config.condition_size, 2 * config.hidden_size)
+        self.final_modulation = TDLMModulation(config, num_parts=2)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -20,6 +20,22 @@ def tree() -> VocabTree:
     return VocabTree.random(50, 4, seed=0)
 
 
+@pytest.mark.parametrize(("time_conditioning", "gate"), [(True, 0.0), (False, 1.0)])
+def test_blocks_start_as_the_identity_if_they_see_the_time_and_plain_otherwise(tree, time_conditioning, gate):
+    torch.manual_seed(0)
+    model = TDLMForDiffusionLM(tiny_config(tree, time_conditioning=time_conditioning), tree).model
+    hidden = torch.randn(2, 5, 32, generator=seeded())
+    condition = torch.randn(2, 1, model.config.condition_size, generator=seeded(1))
+    for block in model.layers:
+        shift, scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = block.modulation(condition).chunk(6, dim=-1)
+        assert not any(part.any() for part in (shift, scale, mlp_shift, mlp_scale))
+        assert (attn_gate == gate).all() and (mlp_gate == gate).all()
+        rotary = (torch.ones(1, 1, 5, 16), torch.zeros(1, 1, 5, 16))
+        assert torch.equal(block(hidden, condition, rotary), hidden) == time_conditioning
+        assert abs(block.mlp.up_proj.weight.std() - 0.02) < 0.002
+    assert not model.final_modulation(condition).any()
+
+
 @pytest.mark.parametrize("head_type", ["shared", "tied"])
 def test_forward_gives_log_probabilities_of_the_children_that_exist(eight_leaf_tree, head_type):
     model = tiny_model(eight_leaf_tree, head_type=head_type)

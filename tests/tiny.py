@@ -31,7 +31,7 @@ def tiny_config(tree: VocabTree, **fields) -> TDLMConfig:
 
 
 def tiny_model(tree: VocabTree, seed: int = 0, **fields) -> TDLMForDiffusionLM:
-    """A small model whose blocks are not the identity, as adaLN-zero makes them at the start."""
+    """A small model whose blocks do something, and see the time if they are given it."""
     torch.manual_seed(seed)
     model = TDLMForDiffusionLM(tiny_config(tree, **fields), tree)
     with torch.no_grad():

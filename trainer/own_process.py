@@ -85,8 +85,8 @@ def code_version() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All or nothing: an interruption leaves no half-written file."""
-    partial = path.with_name(f"{path.name}.partial")
+    """All or nothing: an interruption leaves no half-written file, nor do two processes meet in one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
