@@ -50,4 +50,17 @@ def mean_unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
     return float(np.mean([unigram_entropy([sample], vocab_size=max(sample) + 1) for sample in samples]))
 
 
-__all__ = ["generative_perplexity", "load_reference", "mean_unigram_entropy"]
+def repetition(samples: Sequence[Sequence[int]], n: int) -> float:
+    """Share of a sample's n-grams that it has said before, averaged: seq-rep-n of Welleck et al. (1908.04319).
+
+    0 where none repeats. Samples of fewer than n tokens have no n-gram and are left out; NaN if none is left.
+    """
+    shares = []
+    for sample in samples:
+        ngrams = [tuple(sample[start : start + n]) for start in range(len(sample) - n + 1)]
+        if ngrams:
+            shares.append(1 - len(set(ngrams)) / len(ngrams))
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+__all__ = ["generative_perplexity", "load_reference", "mean_unigram_entropy", "repetition"]
