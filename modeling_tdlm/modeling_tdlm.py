@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, PushToHubMixin, cached_file
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -276,9 +277,13 @@ class TDLMPreTrainedModel(PreTrainedModel):
             module.init_weights()
 
     def save_pretrained(self, *args, **kwargs):
+        from .pipeline_tdlm import TDLMInfillingPipeline  # here: `transformers.pipelines` is slow to import
+
         if self._auto_class is not None:
             # Every class of the package, not only the saved one: AutoModel must find the backbone of a full checkpoint.
             self.config.auto_map = dict(self._auto_map)
+            implementation = f"pipeline_tdlm.{TDLMInfillingPipeline.__name__}"
+            self.config.custom_pipelines = {"infilling": {"impl": implementation, "pt": ["AutoModelForCausalLM"]}}
         return super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -413,6 +418,27 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
             vocabulary.validate()
             _check_saved_tokenizer(vocabulary, pretrained_model_name_or_path, loading)
         return (model, info) if return_info else model
+
+    # ---- pushing ----
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        commit_message: str = "Upload model",
+        tags: list[str] | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """[`~utils.PushToHubMixin.push_to_hub`] that takes the tokenizer along, in the same commit.
+
+        Raises `ValueError`, before anything is sent, if the model was made for another tokenizer.
+        """
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer)
+        pushed = _ModelAndTokenizer(self, tokenizer)
+        tags = [*(self.model_tags or []), *(tags or [])]
+        return pushed.push_to_hub(repo_id, commit_message=commit_message, tags=tags or None, **kwargs)
 
     # ---- forward ----
 
@@ -558,6 +584,18 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
         return TDLMOutput(
             loss=level_losses.sum(), level_losses=level_losses, level_nelbo=level_nelbo, num_tokens=num_tokens
         )
+
+
+class _ModelAndTokenizer(PushToHubMixin):
+    """Saved into one folder, so pushed in one commit."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+        self.model, self.tokenizer = model, tokenizer
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        self.model.save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
 
 
 class TDLMForDiffusionLM(DiffusionLM):
