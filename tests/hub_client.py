@@ -130,7 +130,7 @@ def call_hub(method: str, *args: Any, **kwargs: Any) -> None:
 
 
 def train(folder: str, repo_id: str, output_dir: str) -> None:
-    """Two steps of the Trainer with `push_to_hub=True`, a push after the first and one at the end."""
+    """A step of the Trainer with `push_to_hub=True`: it pushes when it saves, then once more when it is told to."""
     from tiny import Sequences
 
     from tdlm.trainer import TDLMTrainer, TDLMTrainingArguments
@@ -139,8 +139,7 @@ def train(folder: str, repo_id: str, output_dir: str) -> None:
         output_dir,
         push_to_hub=True,
         hub_model_id=repo_id,
-        hub_always_push=True,
-        max_steps=2,
+        max_steps=1,
         save_steps=1,
         per_device_train_batch_size=2,
         use_cpu=True,

@@ -112,6 +112,7 @@ class LocalHub(ThreadingHTTPServer):
         self.folder, self.tokens = folder, tokens
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
+        self.unknown: list[str] = []  # requests without a route
         self.lock = threading.Lock()
         self._cuts: list[Cut] = []
         # The client keeps its token from any other host than the Hub's, and this name is another to it.
@@ -193,7 +194,9 @@ class LocalHub(ThreadingHTTPServer):
                 match = re.fullmatch(path, request.path)
                 if match and request.method in methods.split():
                     return function(self, request, **{name: unquote(part) for name, part in match.groupdict().items()})
-        raise HubError(404, "NotFound", f"this Hub has no {request.method} {request.path}")
+            unknown = f"{request.method} {request.path}"
+            self.unknown.append(unknown)
+        raise HubError(404, "NotFound", f"this Hub has no {unknown}")
 
 
 class _Handler(BaseHTTPRequestHandler):
