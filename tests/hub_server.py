@@ -177,10 +177,14 @@ class LocalHub(ThreadingHTTPServer):
         self.check_owner(request, repository.owner)
         return repository
 
-    def check_owner(self, request: Request, owner: str) -> None:
+    def signed_in(self, request: Request) -> str:
         user = self.user(request)
         if user is None:
             raise HubError(401, "Unauthorized", "Invalid username or password.")
+        return user
+
+    def check_owner(self, request: Request, owner: str) -> None:
+        user = self.signed_in(request)
         if user != owner:
             raise HubError(403, "Forbidden", f"{user} may not write to {owner}")
 
@@ -254,9 +258,7 @@ def as_json(value: Any) -> Response:
 
 
 def whoami(hub: LocalHub, request: Request) -> Response:
-    user = hub.user(request)
-    if user is None:
-        raise HubError(401, "Unauthorized", "Invalid username or password.")
+    user = hub.signed_in(request)
     return as_json({"type": "user", "name": user, "fullname": user, "orgs": [], "auth": {"type": "access_token"}})
 
 
@@ -267,7 +269,7 @@ def validate_card(hub: LocalHub, request: Request) -> Response:
 
 def create_repository(hub: LocalHub, request: Request) -> Response:
     asked = request.json()
-    owner = asked.get("organization") or hub.user(request)
+    owner = asked.get("organization") or hub.signed_in(request)
     hub.check_owner(request, owner)
     repo_id = f"{owner}/{asked['name']}"
     answer = {"url": f"{hub.endpoint}/{repo_id}", "name": repo_id}
