@@ -20,7 +20,7 @@ lint: install
 install: $(VENV)/.installed
 
 # Directories: a new file must be installed again (strict editable mode), an edited one is live.
-$(VENV)/.installed: pyproject.toml constraints.txt modeling_tdlm tokenization trainer
+$(VENV)/.installed: pyproject.toml constraints.txt hub_card modeling_tdlm tokenization trainer
 	$(PYTHON) -c "import sys; sys.exit('tdlm needs Python 3.11 or newer, not ' + sys.version) if sys.version_info < (3, 11) else 0"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -110,7 +110,7 @@ def _raise_usage_error(message: str) -> NoReturn:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = _load(args)
-    text = load_text(args.data, text_column=args.text_column)
+    text = load_text(args.data, name=args.dataset_config, split=args.split, text_column=args.text_column)
     windows = evaluation_windows(text, tokenizer, model.config.max_position_embeddings, text_column=args.text_column)
     with tempfile.TemporaryDirectory() as folder:
         training = TDLMTrainingArguments(
@@ -249,6 +249,8 @@ def make_parser() -> argparse.ArgumentParser:
     command = _command(commands, "evaluate", evaluate, _print_metrics, "held-out NELBO, perplexity, bits per byte")
     _add_model_arguments(command)
     command.add_argument("--data", required=True, help="text file(s), folder or Hub dataset")
+    command.add_argument("--dataset-config", help="configuration of a Hub dataset")
+    command.add_argument("--split", default="train", help="split of a Hub dataset (default train)")
     command.add_argument("--text-column", default="text")
     command.add_argument("--num-samples", type=int, default=4, help="noise draws a sequence (default 4)")
     command.add_argument("--batch-size", type=int, default=16)

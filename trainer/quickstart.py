@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tdlm.modeling_tdlm import TDLMForDiffusionLM
 from tdlm.tokenization import train_tokenizer
 from tdlm.trainer.data import RandomCrops, evaluation_windows, load_text, pad_token_id, tokenize, unigram_entropy
+from tdlm.trainer.model_card import CardDataset, CardDetails, create_model_card
 from tdlm.trainer.own_process import (
     describe_machine,
     peak_memory_mb,
@@ -167,6 +168,7 @@ def train_twin(spec: dict[str, Any]) -> None:
     evaluation = trainer.evaluate()
     model.save_pretrained(twin.model_folder)
     tokenizer.save_pretrained(twin.model_folder)
+    create_model_card(model, tokenizer, _card_details(twin), trainer).save(twin.model_folder / "README.md")
     metrics = {name: evaluation[f"eval_{name}"] for name in ("nelbo", "ppl", "bpb", "nelbo_standard_error")}
     metrics |= {
         "parameters": model.num_parameters(),
@@ -175,6 +177,18 @@ def train_twin(spec: dict[str, Any]) -> None:
         "nelbo_by_level": [evaluation[f"eval_nelbo_level_{level}"] for level in range(tree.height)],
     }
     write_json(Path(twin.folder, f"{twin.name}-run.json"), {"metrics": metrics, "log": trainer.state.log_history})
+
+
+def _card_details(twin: TwinSpec) -> CardDetails:
+    novels = "novels of Jane Austen and Herman Melville"
+    return CardDetails(
+        model_name=f"tdlm quickstart: {twin.name}",
+        language="en",
+        license="apache-2.0",
+        train_data=(CardDataset(novels, split="train"),),
+        eval_data=CardDataset(novels, split="validation"),
+        command=f"tdlm quickstart --max-steps {twin.max_steps} --seed {twin.seed}",
+    )
 
 
 # ---- showing ----

@@ -1,6 +1,8 @@
 """`tdlm train`: from a text corpus and one configuration to a checkpoint folder, step by step."""
 
 import dataclasses
+import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from tdlm.configuration_tdlm import TDLMConfig
 from tdlm.modeling_mdm_prime import MDMPrimeForDiffusionLM
 from tdlm.modeling_tdlm import DiffusionLM, TDLMForDiffusionLM
 from tdlm.tokenization import build_tree, corpus_embeddings, file_embeddings, model_embeddings, train_tokenizer
+from tdlm.trainer.callbacks import SampleTextCallback
 from tdlm.trainer.data import RandomCrops, evaluation_windows, load_text, pad_token_id, stream_crops, tokenize
+from tdlm.trainer.model_card import CardDataset, CardDetails
 from tdlm.trainer.trainer import TDLMTrainer
 from tdlm.trainer.training_args import TDLMTrainingArguments
 from tdlm.vocab_tree_tdlm import VocabTree
@@ -49,6 +53,8 @@ class ScriptArguments:
     model_config: dict = field(
         default_factory=dict, metadata={"help": "Fields of TDLMConfig or MDMPrimeConfig, as JSON."}
     )
+    language: str | None = field(default=None, metadata={"help": "Of the model card: language code, such as en."})
+    license: str | None = field(default=None, metadata={"help": "Of the model card: license, such as apache-2.0."})
 
 
 def make_tree(
@@ -91,7 +97,10 @@ def _with_token_ids(config_class: type, tokenizer: Any, fields: dict[str, Any]) 
 
 
 def run_training(script: ScriptArguments, args: TDLMTrainingArguments) -> dict[str, float]:
-    """Train, evaluate if there is something to evaluate on, save to `args.output_dir`; returns the metrics."""
+    """Train, evaluate if there is something to evaluate on, save to `args.output_dir`; returns the metrics.
+
+    With an evaluation set, every evaluation also appends sample text to `samples.md`.
+    """
     set_seed(args.seed)
     train_text = load_text(
         script.train_data,
@@ -115,13 +124,38 @@ def run_training(script: ScriptArguments, args: TDLMTrainingArguments) -> dict[s
         train_dataset=crops(train_ids, length, pad_id, args.seed),
         eval_dataset=_evaluation_set(script, tokenizer, length),
         processing_class=tokenizer,
+        card_details=_card_details(script, args),
     )
+    if script.eval_data is not None:
+        trainer.add_callback(SampleTextCallback(trainer))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = result.metrics | (trainer.evaluate() if script.eval_data else {})
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics, combined=False)
     return metrics
+
+
+def _card_details(script: ScriptArguments, args: TDLMTrainingArguments) -> CardDetails:
+    """What the model card says of the data, and the command that evaluates the checkpoint as this run does."""
+    train_data = _card_dataset(script.train_data, script.dataset_config, script.train_split)
+    eval_data = command = None
+    if script.eval_data is not None:
+        eval_data = _card_dataset(script.eval_data, script.dataset_config, script.eval_split)
+        options: dict[str, Any] = {"data": eval_data.name, "dataset-config": eval_data.config, "split": eval_data.split}
+        options |= {"text-column": None if script.text_column == "text" else script.text_column}
+        options |= {"num-samples": args.eval_num_samples, "batch-size": args.eval_batch_size, "seed": args.eval_seed}
+        flags = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+        command = shlex.join(["tdlm", "evaluate", args.hub_model_id or ".", *flags])
+    return CardDetails(
+        language=script.language, license=script.license, train_data=(train_data,), eval_data=eval_data, command=command
+    )
+
+
+def _card_dataset(source: str, config: str | None, split: str) -> CardDataset:
+    if os.path.exists(source) or any(mark in source for mark in "*?["):
+        return CardDataset(Path(source).resolve().name)  # where it lies on this machine is nobody else's business
+    return CardDataset(source, hub_id=source, config=config, split=split)
 
 
 def _model_and_data(script: ScriptArguments, text: Any, seed: int) -> tuple[DiffusionLM, Any, Any]:

@@ -1,16 +1,26 @@
 """TDLMTrainer: the HF Trainer with low-discrepancy noise over the global batch and an exact reduction of the NELBO."""
 
+import itertools
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import metadata_load
 from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.utils import logging
 
 from tdlm.modeling_tdlm import DiffusionLM
 from tdlm.process_tdlm import low_discrepancy_times
 from tdlm.trainer.data import TDLMDataCollator, pad_token_id, perplexity
+from tdlm.trainer.model_card import CardDataset, CardDetails, create_model_card
 from tdlm.trainer.training_args import TDLMTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 class TDLMTrainer(Trainer):
@@ -22,7 +32,7 @@ class TDLMTrainer(Trainer):
     update, and a resumed run draws what it would have drawn. Training logs `loss_level_<l>`, which add up to `loss`
     (nats per token; weighted, clipped, padding included: no bound). Evaluation logs `nelbo` (nats per token, an
     unbiased estimate of a true upper bound, token-weighted, seeded), its levels, `ppl`, and `bpb` where the evaluation
-    set has `num_bytes` (see `evaluation_windows`).
+    set has `num_bytes` (see `evaluation_windows`). Every checkpoint gets a model card, with what `card_details` tell.
     """
 
     args: TDLMTrainingArguments
@@ -35,6 +45,7 @@ class TDLMTrainer(Trainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        card_details: CardDetails | None = None,
         **kwargs,
     ):
         args = TDLMTrainingArguments(output_dir="tmp_trainer") if args is None else args
@@ -57,6 +68,9 @@ class TDLMTrainer(Trainer):
         )
         self._level_losses: torch.Tensor | None = None
         self._level_losses_since = 0
+        self.card_details = CardDetails() if card_details is None else card_details
+        self.evaluations: dict[tuple[str, int], dict[str, float]] = {}  # by prefix and step of the weights
+        self._best_is_loaded = False
         self.add_callback(_TrainerState(self))
 
     # ---- training ----
@@ -64,6 +78,9 @@ class TDLMTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the batches of one update and noise them together, on one grid of times over the global batch."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.include_num_input_tokens_seen == "no":  # otherwise the Trainer counts, and waits for the device
+            size = sum(batch["input_ids"].numel() for batch in batches)
+            self.state.num_input_tokens_seen += self.args.world_size * size
         return self._noise(batches), num_items_in_batch
 
     def _noise(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
@@ -109,6 +126,14 @@ class TDLMTrainer(Trainer):
 
     # ---- evaluation ----
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        evaluations = dict(self.evaluations)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        others = eval_dataset is not None and eval_dataset is not self.eval_dataset and self.eval_dataset is not None
+        if others and metric_key_prefix == "eval" and not isinstance(eval_dataset, dict):
+            self.evaluations = evaluations  # the card would take its figures for those of the Trainer's own set
+        return metrics
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -118,6 +143,9 @@ class TDLMTrainer(Trainer):
         if f"{metric_key_prefix}_nelbo" in output.metrics:
             # The Trainer's own mean weighs by sequence.
             output.metrics[f"{metric_key_prefix}_loss"] = output.metrics[f"{metric_key_prefix}_nelbo"]
+            self.evaluations[metric_key_prefix, self.weights_step] = {
+                name.removeprefix(f"{metric_key_prefix}_"): value for name, value in output.metrics.items()
+            }
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -131,6 +159,85 @@ class TDLMTrainer(Trainer):
         num_bytes = torch.full_like(num_tokens, float("nan"), dtype=torch.float64) if num_bytes is None else num_bytes
         sums = torch.cat([draw["level_nelbo"].double() for draw in draws], dim=1)
         return draws[0]["loss"], sums, torch.stack([num_tokens.double(), num_bytes.double()], dim=1)
+
+    # ---- the model card ----
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the weights are of: not the last one where the best ones were loaded at the end."""
+        return (self.state.best_global_step or 0) if self._best_is_loaded else self.state.global_step
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best_is_loaded = True
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md to the output folder. Arguments as [`~transformers.Trainer.create_model_card`]'s; what they
+        tell of the model is kept for the cards of later checkpoints. Datasets are those that were trained on.
+
+        Raises `ValueError` for a task other than text-generation.
+        """
+        if _listed(tasks) not in ([], ["text-generation"]):
+            raise ValueError(f"tasks={tasks!r}: these models are for 'text-generation'. Leave it out.")
+        told: dict[str, Any] = {"language": language, "license": license, "model_name": model_name}
+        told = {name: value for name, value in {**told, "base_model": finetuned_from}.items() if value is not None}
+        names, hub_ids, configs = _listed(dataset), _listed(dataset_tags), _listed(dataset_args)
+        if names or hub_ids:
+            rows = itertools.zip_longest(names or hub_ids, hub_ids, configs)
+            told["train_data"] = tuple(CardDataset(name or hub_id, hub_id, config) for name, hub_id, config in rows)
+        told["tags"] = tuple(dict.fromkeys([*self.card_details.tags, *_listed(tags)]))
+        self.card_details = replace(self.card_details, **told)
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        readme = folder / "README.md"
+        if readme.exists() and not _is_model_card(readme):
+            logger.warning(f"{readme} is no model card: it is left as it is, and no card is saved there.")
+        else:
+            self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        details = self.card_details
+        model_name = details.model_name or Path(self.args.output_dir).resolve().name
+        details = replace(details, model_name=model_name, model_id=details.model_id or self.hub_model_id)
+        model = base_model(self.model)
+        create_model_card(model, self.processing_class, details, self).save(folder / "README.md")
+        if hasattr(self.model, "create_or_update_model_card"):  # an adapter: PEFT names its base and library
+            self.model.create_or_update_model_card(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer pushes the output folder with the checkpoint's weights and configuration, but not its code.
+        if self.is_world_process_zero():
+            for file in [*Path(checkpoint_folder).glob("*.py"), *Path(checkpoint_folder).glob("README.md")]:
+                shutil.copy(file, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _is_model_card(path: Path) -> bool:
+    try:
+        return "library_name" in (metadata_load(path) or {})
+    except (ValueError, yaml.YAMLError):  # front matter of something else
+        return False
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def nelbo_metrics(prediction: EvalPrediction, num_samples: int) -> dict[str, float]:
@@ -164,7 +271,7 @@ def base_model(model: Any) -> DiffusionLM:
 
 
 class _TrainerState(TrainerCallback):
-    """Starts the level losses afresh with each training, and tells the training set its epoch.
+    """Starts the level losses afresh with each training, whose weights are then its own, and tells the set its epoch.
 
     accelerate's loaders do not always pass the epoch on.
     """
@@ -174,6 +281,7 @@ class _TrainerState(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._level_losses, self.trainer._level_losses_since = None, state.global_step
+        self.trainer._best_is_loaded = False
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if hasattr(self.trainer.train_dataset, "set_epoch"):
