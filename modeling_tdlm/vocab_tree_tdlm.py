@@ -416,6 +416,7 @@ class VocabTree(OfOneTokenizer):
     def init_weights(self) -> None:
         """Fill with the contiguous tree of this shape: the placeholder of a model that was given no tree."""
         self._fill(_contiguous_parents(self.nodes_per_height))
+        init.zeros_(self.vocab_hash)
 
 
 def _contiguous_parents(nodes_per_height: Sequence[int]) -> list[torch.Tensor]:

@@ -1,7 +1,13 @@
 import pytest
 from tiny import EIGHT_LEAVES, SIX_LEAVES
+from transformers_suite import MARKS
 
 from tdlm import VocabTree
+
+
+def pytest_configure(config):
+    for mark in MARKS:
+        config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
 
 
 @pytest.fixture
