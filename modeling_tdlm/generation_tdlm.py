@@ -3,6 +3,7 @@
 Shape legend: B sequences, L positions of the canvas, P of them prompt, T steps, H height of the root, K child slots.
 """
 
+import bisect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
 from .configuration_tdlm import TDLMConfig
+from .constraints_tdlm import TokenConstraint, constrain
+from .heads_tdlm import ChildHead
 from .process_tdlm import HeightLaw, draw_uniforms
 from .vocab_tree_tdlm import VocabTree
 
@@ -31,7 +34,8 @@ logger = logging.get_logger(__name__)
 SUPPORTED = {
     *("max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate"),
     *("do_sample", "temperature", "top_k", "top_p"),
-    *("num_denoising_steps", "steps_per_level", "output_trajectory"),
+    *("num_denoising_steps", "steps_per_level", "block_length", "output_trajectory"),
+    *("suppress_tokens", "allowed_tokens", "stop_strings"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"),
 }
 ASKS_FOR_NOTHING: tuple = (None, False, 0, 1, "", [], {})
@@ -41,18 +45,27 @@ class TDLMGenerationConfig(GenerationConfig):
     r"""
     Parameters of [`TDLMGenerationMixin.generate`], beside the usual ones: `max_new_tokens`, `max_length`,
     `num_return_sequences`, `return_dict_in_generate`, and `do_sample`, `temperature`, `top_k`, `top_p`, which act on
-    the distribution over children at every step.
+    the distribution over children at every step. `eos_token_id` and `stop_strings` end a sequence: what was generated
+    behind them is replaced by padding.
 
     Args:
-        num_denoising_steps (`int`, *optional*): steps in all, shared out evenly over the levels of the tree. Default:
-            one for each new token.
+        num_denoising_steps (`int`, *optional*): steps of each block, shared out evenly over the levels of the tree.
+            Default: one for each of its tokens.
         steps_per_level (`list[int]`, *optional*): steps for each level, from the root down, in place of the above.
+        block_length (`int`, *optional*): denoise so many new tokens together, block after block, each in sight of as
+            much of the text before it as fits in the context. Default: all together if they fit, otherwise half the
+            context.
+        suppress_tokens (`list[int]`, *optional*): tokens that are never generated.
+        allowed_tokens (`list[int]` or `list[list[int] | None]`, *optional*): the only tokens that may be generated;
+            one list for all positions, or one for each new position (`None`: any token).
         output_trajectory (`bool`, *optional*): also return the canvas after every step.
     """
 
     def __init__(self, **kwargs):
         self.num_denoising_steps: int | None = kwargs.pop("num_denoising_steps", None)
         self.steps_per_level: list[int] | None = kwargs.pop("steps_per_level", None)
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.allowed_tokens: list | None = kwargs.pop("allowed_tokens", None)
         self.output_trajectory: bool | None = kwargs.pop("output_trajectory", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
@@ -68,7 +81,7 @@ class TDLMGenerationConfig(GenerationConfig):
             asks = value is True or value not in ASKS_FOR_NOTHING  # True equals 1
             if asks and name not in SUPPORTED and not name.startswith("_"):
                 raise ValueError(f"{name}={value!r} is not supported by diffusion generation. Leave it out.")
-        for name in ("num_denoising_steps", "num_return_sequences", "max_new_tokens", "max_length"):
+        for name in ("num_denoising_steps", "num_return_sequences", "max_new_tokens", "max_length", "block_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
 
@@ -86,14 +99,18 @@ class TDLMGenerateOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor` of shape `(batch, length)`): prompt and generated token ids.
         num_forwards (`int`): forward passes used.
-        trajectory (`torch.LongTensor` of shape `(steps + 1, batch, length)`): node ids before each step and at the end.
-        timesteps (`torch.FloatTensor` of shape `(steps + 1,)`): the time of each canvas of `trajectory`.
+        order (`torch.LongTensor` of shape `(batch, length)`): the step at which each position became a token, counted
+            from 1; 0 where it was given.
+        trajectory (`tuple(torch.LongTensor)` of `steps + 1` canvases of shape `(batch, length)`): node ids before the
+            first step and after each.
+        timesteps (`list[float]`): the time of each canvas of `trajectory`.
     """
 
     sequences: torch.Tensor | None = None
     num_forwards: int | None = None
-    trajectory: torch.Tensor | None = None
-    timesteps: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    trajectory: tuple[torch.Tensor, ...] | None = None
+    timesteps: list[float] | None = None
 
 
 class TDLMGenerationMixin:
@@ -106,6 +123,7 @@ class TDLMGenerationMixin:
     tree: VocabTree
     law: HeightLaw
     head: Any
+    node_embeddings: torch.Tensor
     one_per_unit: Callable[[torch.Tensor], torch.Tensor]
     generation_config: Any
 
@@ -115,8 +133,11 @@ class TDLMGenerationMixin:
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: TDLMGenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        infill_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | TDLMGenerateOutput:
         """Generate token ids by reverse diffusion, level by level from the root (Eq. 3).
@@ -125,40 +146,51 @@ class TDLMGenerationMixin:
             input_ids: (B, P) prompts, kept as clean context; `None` generates without a prompt.
             attention_mask: (B, P), 0 at padding, on either side.
             generation_config: parameters; `kwargs` override them.
+            logits_processor: called with (R, 1) node ids and (R, K) log-probabilities of their children, before
+                temperature, top-k and top-p.
+            infill_mask: (B, P) bool, True where `input_ids` are to be replaced by generated tokens, in sight of what
+                is on both sides. Nothing is then appended unless `max_new_tokens` says so.
             generator: source of randomness, on the model's device or the CPU.
-            streamer: receives the (B, L) canvas of node ids after every step.
+            streamer: gets the prompt (`put`), the (B, L) canvas of node ids after every step (`put_draft`, if it has
+                one), the new tokens of each block (`put`), and `end`.
+            tokenizer: needed for `stop_strings`.
 
         Returns:
             (B * num_return_sequences, P + new) token ids, or a [`TDLMGenerateOutput`] with `return_dict_in_generate`.
         """
         config = self._prepare_generation_config(generation_config, kwargs)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, config)
-        num_new = self._num_new_tokens(input_ids.shape[1], config)
-        canvas = self._absorbed_canvas(input_ids, num_new)
-        context = self._context(torch.nn.functional.pad(attention_mask, (0, num_new), value=1))
-        trajectory = [canvas] if config.output_trajectory else []
-
-        def show(canvas: torch.Tensor) -> None:
-            if config.output_trajectory:
-                trajectory.append(canvas)
-            if streamer is not None:
-                streamer.put(canvas)
-
-        draw = partial(
-            _draw_child, warpers=_warpers(config), do_sample=config.do_sample is not False, generator=generator
-        )
-        times = self._sampling_times(num_new, config)
-        sequences, num_forwards = self._denoise(canvas, times, context, draw, generator, show)
-        if streamer is not None:
-            streamer.end()
-        if not config.return_dict_in_generate:
-            return sequences
-        return TDLMGenerateOutput(
-            sequences=sequences,
-            num_forwards=num_forwards,
-            trajectory=torch.stack(trajectory) if trajectory else None,
-            timesteps=torch.tensor(times) if trajectory else None,
-        )
+        holes = self._prepare_holes(infill_mask, input_ids, attention_mask, config)
+        num_given = input_ids.shape[1]
+        num_new = self._num_new_tokens(num_given, config, is_infilling=holes is not None)
+        blocks = self._blocks(num_given, num_new, config)
+        finder = _EndFinder(config, tokenizer, input_ids, attention_mask)
+        pick = self._child_picker(config, num_given, num_new, logits_processor, generator)
+        canvas = self._absorbed_canvas(input_ids, num_new, holes)
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
+        record = _Record(canvas, config, streamer, self._is_token)
+        if holes is None:
+            record.confirm(input_ids)
+        num_forwards = 0
+        for start, first_new, end in blocks:
+            num_open = int((~self._is_token(canvas[:, start:end])).sum(1).max())
+            times = self._sampling_times(num_open, config)
+            window, forwards = self._denoise(
+                canvas[:, start:end],
+                times,
+                self._context(attention_mask[:, start:end]),
+                partial(pick, start=start),
+                generator,
+                partial(record.step, canvas, start),
+            )
+            canvas = torch.cat([canvas[:, :start], window, canvas[:, end:]], dim=1)
+            num_forwards += forwards
+            record.times += times[1:] if record.times else times
+            record.confirm(self._tokens(window if holes is not None else window[:, first_new - start :]))
+            if finder.all_ended(self._tokens(canvas[:, num_given:end])):
+                break
+        sequences = torch.cat([self._tokens(canvas[:, :num_given]), finder.trimmed()], dim=1)
+        return record.output(sequences, num_forwards)
 
     def _context(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, L) mask -> what every forward pass gets. Positions count what is seen, so padding shifts nothing."""
@@ -169,9 +201,18 @@ class TDLMGenerationMixin:
         )
         return {"attention_mask": attention_bias, "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
 
-    def _absorbed_canvas(self, input_ids: torch.Tensor, num_new: int) -> torch.Tensor:
-        """(B, P) prompts -> the canvas at t = 1: the prompts and `num_new` roots."""
-        return torch.nn.functional.pad(input_ids, (0, num_new), value=self.tree.root_id)
+    def _absorbed_canvas(self, input_ids: torch.Tensor, num_new: int, holes: torch.Tensor | None) -> torch.Tensor:
+        """(B, P) prompts, (B, P) holes -> the canvas at t = 1: the prompts, roots in the holes, and `num_new` roots."""
+        given = input_ids if holes is None else input_ids.masked_fill(holes, self.tree.root_id)
+        return torch.nn.functional.pad(given, (0, num_new), value=self.tree.root_id)
+
+    def _tokens(self, canvas: torch.Tensor) -> torch.Tensor:
+        """A finished canvas -> (B, L) token ids."""
+        return canvas
+
+    def _is_token(self, canvas: torch.Tensor) -> torch.Tensor:
+        """A canvas -> (B, L) bool, True where a token stands."""
+        return canvas < self.tree.vocab_size
 
     # ---- the reverse process ----
 
@@ -180,7 +221,7 @@ class TDLMGenerationMixin:
         canvas: torch.Tensor,
         times: list[float],
         context: dict[str, Any],
-        draw: Callable[[torch.Tensor], torch.Tensor],
+        pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         generator: torch.Generator | None,
         show: Callable[[torch.Tensor], None],
     ) -> tuple[torch.Tensor, int]:
@@ -198,7 +239,7 @@ class TDLMGenerationMixin:
                     break
                 hidden_BLD = self.model(canvas, times_T[step].expand(len(canvas)), **context).last_hidden_state
                 goal = torch.where(target < heights, lower_heights[heights], heights)
-                canvas, heights = self._jump(canvas, heights, goal, hidden_BLD, draw)
+                canvas, heights = self._jump(canvas, heights, goal, hidden_BLD, pick)
                 num_forwards += 1
             show(canvas)
         assert int(heights.max()) == 0, "a position is left above a leaf"
@@ -216,27 +257,76 @@ class TDLMGenerationMixin:
         heights: torch.Tensor,
         goal: torch.Tensor,
         hidden_BLD: torch.Tensor,
-        draw: Callable[[torch.Tensor], torch.Tensor],
+        pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One jump of every position above its goal, child by child, all from one hidden state."""
         for _ in range(self.law.longest_jump):
             moves = goal < heights
-            slots = self.head.draw_slots(hidden_BLD, canvas, draw, self.tree, self.model.embed_nodes.weight)
+            slots = pick(hidden_BLD, canvas)
             parents = canvas.masked_fill(~moves, self.tree.root_id)  # the others are looked up in vain
             canvas = torch.where(moves, self.tree.child(parents, slots), canvas)
             heights = heights - moves.long()
         return canvas, heights
+
+    def _child_picker(
+        self,
+        config: TDLMGenerationConfig,
+        num_given: int,
+        num_new: int,
+        logits_processor: LogitsProcessorList | None,
+        generator: torch.Generator | None,
+    ) -> Callable[..., torch.Tensor]:
+        """-> a function of (B, L, D) hidden states, the canvas and its first position: (B, L) slots of children."""
+        draw = partial(
+            draw_child, warpers=warpers(config), do_sample=config.do_sample is not False, generator=generator
+        )
+        constraint = constrain(self.tree, num_given, num_new, config.suppress_tokens, config.allowed_tokens)
+        if constraint is None and not logits_processor:
+            return partial(self._pick_child, draw)
+        if not isinstance(self.head, ChildHead):
+            raise ValueError(
+                f"suppress_tokens, allowed_tokens and logits_processor need a head that scores children one by one, "
+                f"not head_type={self.config.head_type!r}. Leave them out."
+            )
+        return partial(self._pick_constrained_child, draw, constraint, logits_processor or LogitsProcessorList())
+
+    def _pick_child(
+        self, draw: Callable[[torch.Tensor], torch.Tensor], hidden_BLD: torch.Tensor, canvas: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        return self.head.draw_slots(hidden_BLD, canvas, draw, self.tree, self.node_embeddings)
+
+    def _pick_constrained_child(
+        self,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+        constraint: TokenConstraint | None,
+        processors: LogitsProcessorList,
+        hidden_BLD: torch.Tensor,
+        canvas: torch.Tensor,
+        start: int,
+    ) -> torch.Tensor:
+        embedding_ND = self.node_embeddings
+        if constraint is None:
+            log_probs_BLK = self.head.log_probs(hidden_BLD, canvas, self.tree, embedding_ND)
+        else:
+            constraint = constraint.window(start, start + canvas.shape[1])
+            log_probs_BLK = constraint.log_probs(self.head, hidden_BLD, canvas, embedding_ND)
+        (row_R,) = (~self._is_token(canvas)).flatten().nonzero(as_tuple=True)
+        scores_RK = processors(canvas.flatten()[row_R, None], log_probs_BLK.flatten(0, 1)[row_R])
+        slots = torch.zeros_like(canvas).flatten()
+        return slots.index_copy(0, row_R, draw(scores_RK)).view_as(canvas)
 
     # ---- preparing ----
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, overrides: dict[str, Any]
     ) -> TDLMGenerationConfig:
-        base = self.generation_config if generation_config is None else generation_config
-        settings = base.to_dict()
+        settings = self.generation_config.to_dict()
+        if generation_config is not None:
+            asked = {name: value for name, value in generation_config.to_dict().items() if value is not None}
+            overrides = {**asked, **overrides}
         unknown = sorted(set(overrides) - set(settings) - set(TDLMGenerationConfig().to_dict()))
         if unknown:
-            raise ValueError(f"generate() got arguments it does not know: {unknown}.")
+            raise ValueError(f"generate() got arguments that diffusion generation does not know: {unknown}.")
         if overrides.get("num_denoising_steps") is not None:
             settings["steps_per_level"] = None
         if overrides.get("steps_per_level") is not None and "num_denoising_steps" not in overrides:
@@ -277,18 +367,61 @@ class TDLMGenerationMixin:
             attention_mask.to(self.device, torch.int64).repeat_interleave(copies, dim=0),
         )
 
-    def _num_new_tokens(self, prompt_length: int, config: TDLMGenerationConfig) -> int:
+    def _prepare_holes(
+        self,
+        infill_mask: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        config: TDLMGenerationConfig,
+    ) -> torch.Tensor | None:
+        """-> (B * num_return_sequences, P) bool, True where to fill in."""
+        if infill_mask is None:
+            return None
+        copies = config.num_return_sequences or 1
+        if infill_mask.shape != (input_ids.shape[0] // copies, input_ids.shape[1]):
+            raise ValueError(
+                f"infill_mask has shape {tuple(infill_mask.shape)}, input_ids "
+                f"{(input_ids.shape[0] // copies, input_ids.shape[1])}."
+            )
+        holes = infill_mask.to(self.device, torch.bool).repeat_interleave(copies, dim=0)
+        if bool((holes & (attention_mask == 0)).any()):
+            raise ValueError(
+                "infill_mask asks for tokens where attention_mask says padding. Unmask them, or leave them."
+            )
+        return holes
+
+    def _num_new_tokens(self, prompt_length: int, config: TDLMGenerationConfig, is_infilling: bool = False) -> int:
         context_length = self.config.max_position_embeddings
         if config.max_new_tokens is not None:
             num_new = config.max_new_tokens
+        elif is_infilling:
+            num_new = 0
         else:
             num_new = (context_length if config.max_length is None else config.max_length) - prompt_length
-        if num_new < 1 or prompt_length + num_new > context_length:
+        if num_new < 1 and not is_infilling:
             raise ValueError(
-                f"a prompt of {prompt_length} tokens and {num_new} new ones must fit in the context of "
-                f"{context_length} with at least one new token. Shorten the prompt or set max_new_tokens."
+                f"a prompt of {prompt_length} tokens leaves no room for a new one. Shorten the prompt, or set "
+                f"max_new_tokens (the context is {context_length} tokens)."
+            )
+        if is_infilling and prompt_length + num_new > context_length:
+            raise ValueError(
+                f"{prompt_length} tokens to fill in and {num_new} new ones do not fit in the context of "
+                f"{context_length}, which infilling sees at once. Shorten the text."
             )
         return num_new
+
+    def _blocks(self, num_given: int, num_new: int, config: TDLMGenerationConfig) -> list[tuple[int, int, int]]:
+        """-> for each block the first position that it sees, its first new position, and its end."""
+        context_length, end = self.config.max_position_embeddings, num_given + num_new
+        fits = end <= context_length
+        length = config.block_length or (num_new if fits else context_length // 2)
+        if length > context_length:
+            raise ValueError(f"block_length={length} is more than the context of {context_length} tokens.")
+        if num_new == 0:
+            return [(0, num_given, num_given)]
+        firsts = range(num_given, end, length)
+        ends = [min(first + length, end) for first in firsts]
+        return [(max(0, stop - context_length), first, stop) for first, stop in zip(firsts, ends, strict=True)]
 
     def _sampling_times(self, num_new: int, config: TDLMGenerationConfig) -> list[float]:
         steps_per_level = config.steps_per_level
@@ -296,6 +429,10 @@ class TDLMGenerationMixin:
             steps = config.num_denoising_steps
             steps_per_level = self.law.split_steps(max(num_new, self.law.height) if steps is None else steps)
         return self.law.sampling_times(steps_per_level)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What PEFT's causal models wrap; the sampler calls the backbone itself."""
+        return {"input_ids": input_ids, **kwargs}
 
     # ---- loading: called by from_pretrained to set `self.generation_config` ----
 
@@ -320,19 +457,133 @@ class TDLMGenerationMixin:
                 logger.info("No generation_config.json found, using the default generation config.")
 
 
-def _warpers(config: TDLMGenerationConfig) -> LogitsProcessorList:
+class _Record:
+    """What `generate` shows while it runs, and returns beside the sequences."""
+
+    def __init__(
+        self,
+        canvas: torch.Tensor,
+        config: TDLMGenerationConfig,
+        streamer: BaseStreamer | None,
+        is_token: Callable[[torch.Tensor], torch.Tensor],
+    ):
+        self.return_dict = bool(config.return_dict_in_generate)
+        self.streamer = streamer
+        self.is_token = is_token
+        self.num_steps = 0
+        self.order = torch.zeros_like(is_token(canvas), dtype=torch.int64)
+        self.is_open = ~is_token(canvas)
+        self.trajectory = [canvas] if config.output_trajectory else None
+        self.times: list[float] = []
+
+    def confirm(self, ids: torch.Tensor) -> None:
+        """Tokens that will not change any more."""
+        if self.streamer is not None and ids.shape[1] > 0:
+            self.streamer.put(ids.cpu())
+
+    def step(self, canvas: torch.Tensor, start: int, window: torch.Tensor) -> None:
+        """The canvas with a step's new window in it."""
+        self.num_steps += 1
+        end = start + window.shape[1]
+        canvas = torch.cat([canvas[:, :start], window, canvas[:, end:]], dim=1)
+        if self.return_dict:
+            became = self.is_open & self.is_token(canvas)
+            self.order = torch.where(became, self.num_steps, self.order)
+            self.is_open = self.is_open & ~became
+        if self.trajectory is not None:
+            self.trajectory.append(canvas)
+        if self.streamer is not None and hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(canvas[:, :end])  # on its device: a copy at every step would wait for it
+
+    def output(self, sequences: torch.Tensor, num_forwards: int) -> torch.Tensor | TDLMGenerateOutput:
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.return_dict:
+            return sequences
+        length = sequences.shape[1]
+        output = TDLMGenerateOutput(sequences=sequences, num_forwards=num_forwards, order=self.order[:, :length])
+        if self.trajectory is not None:
+            output.trajectory = tuple(canvas[:, :length] for canvas in self.trajectory)
+            output.timesteps = self.times
+        return output
+
+
+class _EndFinder:
+    """Where each sequence ends: behind its end-of-text token, or the token that completes a stop string."""
+
+    def __init__(
+        self, config: TDLMGenerationConfig, tokenizer: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ):
+        eos = config.eos_token_id
+        self.eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.stop_strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+        self.tokenizer = tokenizer
+        if self.stop_strings and tokenizer is None:
+            raise ValueError(
+                f"stop_strings={self.stop_strings} need the tokenizer: generate(..., tokenizer=tokenizer)."
+            )
+        self.pad_id = config.pad_token_id if config.pad_token_id is not None else next(iter(self.eos_ids), None)
+        if self.stop_strings and self.pad_id is None:
+            raise ValueError(
+                f"stop_strings={self.stop_strings} cut sequences short, and there is neither pad_token_id nor "
+                "eos_token_id to fill them up with. Set pad_token_id."
+            )
+        is_text = (attention_mask != 0) & ~self._is_eos(input_ids)
+        self.has_text_B1 = is_text.any(1, keepdim=True)
+
+    def all_ended(self, new_ids: torch.Tensor) -> bool:
+        """Take in the (B, n) new tokens so far; have all sequences ended?"""
+        self.new_ids, self.lengths = new_ids, None
+        if new_ids.shape[1] == 0 or not (self.eos_ids or self.stop_strings):
+            return False
+        self.lengths = torch.minimum(self._eos_lengths(new_ids), self._stop_lengths(new_ids))
+        return bool((self.lengths < new_ids.shape[1]).all())
+
+    def trimmed(self) -> torch.Tensor:
+        """-> (B, n') new tokens up to each one's end, then padding, as long as the longest."""
+        if self.lengths is None:
+            return self.new_ids
+        is_behind = torch.arange(self.new_ids.shape[1], device=self.new_ids.device) >= self.lengths[:, None]
+        if not bool(is_behind.any()):
+            return self.new_ids
+        return self.new_ids.masked_fill(is_behind, self.pad_id)[:, : int(self.lengths.max())]
+
+    def _is_eos(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.isin(ids, torch.tensor(self.eos_ids, dtype=ids.dtype, device=ids.device))
+
+    def _eos_lengths(self, new_ids: torch.Tensor) -> torch.Tensor:
+        """-> (B,) tokens up to and with the first end-of-text; with no text before it, it opens the sequence."""
+        is_eos = self._is_eos(new_ids)
+        ends = is_eos & (self.has_text_B1 | ((~is_eos).cumsum(1) > 0))
+        return torch.where(ends.any(1), ends.int().argmax(1) + 1, new_ids.shape[1])
+
+    def _stop_lengths(self, new_ids: torch.Tensor) -> torch.Tensor:
+        """-> (B,) tokens up to and with the one that completes the first stop string."""
+        lengths = [
+            bisect.bisect_left(range(len(row) + 1), True, key=lambda n, row=row: self._has_stop(row[:n]))
+            for row in (new_ids.tolist() if self.stop_strings else [])
+        ]
+        lengths = [min(length, new_ids.shape[1]) for length in lengths] or [new_ids.shape[1]] * len(new_ids)
+        return torch.tensor(lengths, device=new_ids.device)
+
+    def _has_stop(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids)
+        return any(stop in text for stop in self.stop_strings)
+
+
+def warpers(config: TDLMGenerationConfig) -> LogitsProcessorList:
     """transformers' own temperature, top-k and top-p, over the children of a node."""
-    warpers = LogitsProcessorList()
+    asked = LogitsProcessorList()
     if config.temperature is not None and config.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(config.temperature))
+        asked.append(TemperatureLogitsWarper(config.temperature))
     if config.top_k is not None and config.top_k > 0:
-        warpers.append(TopKLogitsWarper(config.top_k))
+        asked.append(TopKLogitsWarper(config.top_k))
     if config.top_p is not None and config.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(config.top_p))
-    return warpers
+        asked.append(TopPLogitsWarper(config.top_p))
+    return asked
 
 
-def _draw_child(
+def draw_child(
     log_probs_RK: torch.Tensor, warpers: LogitsProcessorList, do_sample: bool, generator: torch.Generator | None
 ) -> torch.Tensor:
     """(R, K) log-probabilities -> (R,) slots. float64 inversion: a float32 Gumbel-argmax would cut the tails off."""
@@ -347,4 +598,4 @@ def _draw_child(
     return torch.minimum(slots, log_probs_RK.shape[1] - 1 - missing_behind)
 
 
-__all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin"]
+__all__ = ["TDLMGenerateOutput", "TDLMGenerationConfig", "TDLMGenerationMixin", "draw_child", "warpers"]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import LogitsProcessorList
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_mdm_prime import MDMPrimeConfig
+from .generation_tdlm import TDLMGenerationConfig, draw_child, warpers
 from .modeling_tdlm import IGNORE_INDEX, DiffusionLM, TDLMModel
 from .process_tdlm import TRAINING_FLOOR, DirectLaw, HeightLaw, draw_uniforms
 from .vocab_tree_tdlm import OfOneTokenizer
@@ -66,12 +67,13 @@ class TokenCode(OfOneTokenizer):
         return self.base
 
     def init_weights(self) -> None:
-        """Shuffle the tokens, as the seed says."""
+        """Shuffle the tokens, as the seed says; they belong to no tokenizer."""
         generator = torch.Generator().manual_seed(self.shuffle_seed)
         # On the CPU whatever the default device is: one seed, one order.
         order = torch.randperm(self.vocab_size, generator=generator, device="cpu")
         init.copy_(self.code_of_token, order)
         init.copy_(self.token_of_code, order.argsort())
+        init.zeros_(self.vocab_hash)
 
     # ---- look-ups ----
 
@@ -196,41 +198,33 @@ def _lowest(scores: torch.Tensor) -> float:
 # ---- backbone ----
 
 
+class DigitEmbedding(nn.Embedding):
+    """(B, L, N) digits, the base where one is masked -> (B, L, D): the embeddings of a token's digits, added up."""
+
+    def __init__(self, config: MDMPrimeConfig):
+        super().__init__(config.num_nodes, config.hidden_size)
+        self.num_digits, self.num_values = config.num_digits, config.base + 1
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.ndim != 3 or input.shape[2] != self.num_digits:
+            raise ValueError(
+                f"input_ids has shape {tuple(input.shape)}; the model sees digits, (batch, length, num_digits="
+                f"{self.num_digits}). `model.code.digits` gives those of token ids."
+            )
+        return super().forward(input + self.num_values * torch.arange(self.num_digits, device=input.device)).sum(-2)
+
+
 class MDMPrimeModel(TDLMModel):
-    """The backbone over digits: the embeddings of a token's digits, masks included, are added up."""
+    """The backbone over digits: its `input_ids` are (B, L, N), z_t with `base` where a digit is masked."""
 
     config: MDMPrimeConfig  # type: ignore[assignment]  # same backbone fields
     config_class = MDMPrimeConfig
     _auto_map = AUTO_MAP
     _keys_to_ignore_on_load_unexpected = [r"^code\.", r"^head\."]
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        timesteps: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        input_ids: (B, L, N) digits z_t, `base` where a digit is masked.
-        timesteps: (B,) times in [0, 1]; needed by a model with `time_conditioning`, ignored by others.
-        attention_mask: (B, L), 0 where a position is padding that must not be seen.
-        """
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self._embed_digits(input_ids)
-            input_ids = None
-        return super().forward(input_ids, timesteps, attention_mask, position_ids, inputs_embeds, **kwargs)
-
-    def _embed_digits(self, z_BLN: torch.Tensor) -> torch.Tensor:
-        N, values = self.config.num_digits, self.config.base + 1
-        if z_BLN.ndim != 3 or z_BLN.shape[2] != N:
-            raise ValueError(
-                f"input_ids has shape {tuple(z_BLN.shape)}; the model sees digits, (batch, length, num_digits={N}). "
-                "`model.code.digits` gives those of token ids."
-            )
-        return self.embed_nodes(z_BLN + values * torch.arange(N, device=z_BLN.device)).sum(-2)
+    @staticmethod
+    def _make_embedding(config: Any) -> nn.Embedding:
+        return DigitEmbedding(config)
 
 
 # ---- the diffusion language model ----
@@ -365,37 +359,63 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
 
     # ---- generation ----
 
-    def _absorbed_canvas(self, input_ids: torch.Tensor, num_new: int) -> torch.Tensor:
-        """(B, P) prompts -> the canvas at t = 1: the prompts' digits and `num_new` masked tokens."""
-        return F.pad(self.code.digits(input_ids), (0, 0, 0, num_new), value=self.code.mask_digit)
+    def _absorbed_canvas(self, input_ids: torch.Tensor, num_new: int, holes: torch.Tensor | None) -> torch.Tensor:
+        """(B, P) prompts, (B, P) holes -> the canvas at t = 1: the prompts' digits, holes and new tokens masked."""
+        given = self.code.digits(input_ids)
+        given = given if holes is None else given.masked_fill(holes[..., None], self.code.mask_digit)
+        return F.pad(given, (0, 0, 0, num_new), value=self.code.mask_digit)
+
+    def _tokens(self, canvas: torch.Tensor) -> torch.Tensor:
+        return self.code.tokens(canvas)
+
+    def _is_token(self, canvas: torch.Tensor) -> torch.Tensor:
+        return (canvas != self.code.mask_digit).all(-1)
+
+    def _child_picker(
+        self,
+        config: TDLMGenerationConfig,
+        num_given: int,
+        num_new: int,
+        logits_processor: LogitsProcessorList | None,
+        generator: torch.Generator | None,
+    ) -> Callable[..., torch.Tensor]:
+        """-> a function of (R, K) log-probabilities of a digit's values: (R,) values."""
+        if config.suppress_tokens or config.allowed_tokens is not None or logits_processor:
+            raise ValueError(
+                "suppress_tokens, allowed_tokens and logits_processor act on the children of a tree's nodes; a model "
+                "over digits has none. Leave them out."
+            )
+        return lambda log_probs_RK, start: draw_child(
+            log_probs_RK, warpers(config), config.do_sample is not False, generator
+        )
 
     def _denoise(
         self,
         canvas: torch.Tensor,
         times: list[float],
         context: dict[str, Any],
-        draw: Callable[[torch.Tensor], torch.Tensor],
+        pick: Callable[[torch.Tensor], torch.Tensor],
         generator: torch.Generator | None,
         show: Callable[[torch.Tensor], None],
     ) -> tuple[torch.Tensor, int]:
-        """(B, L, N) canvas with masked digits -> (B, L) token ids and the number of forward passes."""
+        """(B, L, N) canvas with masked digits -> one without, and the number of forward passes."""
         times_T, posteriors_T = self._step_laws(times, canvas.device)
         for step in range(len(posteriors_T)):
             is_masked = canvas == self.code.mask_digit
             u = draw_uniforms(canvas.shape, generator, canvas.device, torch.float64)
             jumps = is_masked & (self.law.sample_posterior(is_masked.long(), posteriors_T[step], u) == 0)
             hidden_BLD = self.model(canvas, times_T[step].expand(len(canvas)), **context).last_hidden_state
-            canvas = self._reveal(canvas, jumps, hidden_BLD, draw)
+            canvas = self._reveal(canvas, jumps, hidden_BLD, pick)
             show(canvas)
         assert not bool((canvas == self.code.mask_digit).any()), "a digit is left masked"
-        return self.code.tokens(canvas), len(posteriors_T)
+        return canvas, len(posteriors_T)
 
     def _reveal(
         self,
         canvas: torch.Tensor,
         jumps: torch.Tensor,
         hidden_BLD: torch.Tensor,
-        draw: Callable[[torch.Tensor], torch.Tensor],
+        pick: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Draw the digits that jump, those of one token one after another, each in sight of what has been drawn."""
         (position_R,) = jumps.any(-1).flatten().nonzero(as_tuple=True)
@@ -404,7 +424,7 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
         for digit in range(self.config.num_digits):
             scores_RC = self.head.restrict(scores_RC, z_RN)
             logits_RK = self.head.digit_logits(scores_RC, digit)
-            drawn_R = draw(logits_RK.masked_fill(~self.code.possible(z_RN)[:, digit], float("-inf")).log_softmax(-1))
+            drawn_R = pick(logits_RK.masked_fill(~self.code.possible(z_RN)[:, digit], float("-inf")).log_softmax(-1))
             z_RN[:, digit] = torch.where(jumps_RN[:, digit], drawn_R, z_RN[:, digit])
         return canvas.flatten(0, 1).index_copy(0, position_R, z_RN).view_as(canvas)
 

@@ -22,13 +22,15 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, PushToHubMixin, cached_file
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, PushToHubMixin, TransformersKwargs, cached_file
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tdlm import TDLMConfig
 from .generation_tdlm import TDLMGenerationConfig, TDLMGenerationMixin
 from .heads_tdlm import HEADS, Head, NodeHead, TiedHead, VocabHead
+from .pipeline_tdlm import TDLMInfillingPipeline
 from .process_tdlm import LAWS, TRAINING_FLOOR, HeightLaw, draw_uniforms, level_weights, low_discrepancy_times
 from .vocab_tree_tdlm import VocabTree
 
@@ -117,7 +119,8 @@ class TDLMTimeEmbedding(nn.Module):
     def forward(self, timesteps_B: torch.Tensor) -> torch.Tensor:
         exponent = torch.arange(self.num_frequencies, device=timesteps_B.device) / self.num_frequencies
         angles = self.time_scale * timesteps_B.float()[:, None] * torch.exp(-math.log(10000) * exponent)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.weight.dtype)
+        # The bias's: a quantised weight is of bytes.
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.bias.dtype)
         return self.out_proj(F.silu(self.in_proj(sinusoids)))
 
 
@@ -277,8 +280,6 @@ class TDLMPreTrainedModel(PreTrainedModel):
             module.init_weights()
 
     def save_pretrained(self, *args, **kwargs):
-        from .pipeline_tdlm import TDLMInfillingPipeline  # here: `transformers.pipelines` is slow to import
-
         if self._auto_class is not None:
             # Every class of the package, not only the saved one: AutoModel must find the backbone of a full checkpoint.
             self.config.auto_map = dict(self._auto_map)
@@ -300,13 +301,17 @@ class TDLMModel(TDLMPreTrainedModel):
 
     def __init__(self, config: TDLMConfig):
         super().__init__(config)
-        self.embed_nodes = nn.Embedding(config.num_nodes, config.hidden_size)
+        self.embed_nodes = self._make_embedding(config)
         self.time_embedding = TDLMTimeEmbedding(config)
         self.layers = nn.ModuleList([TDLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = TDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.final_modulation = TDLMModulation(config, num_parts=2)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @staticmethod
+    def _make_embedding(config: Any) -> nn.Embedding:
+        return nn.Embedding(config.num_nodes, config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_nodes
@@ -322,7 +327,7 @@ class TDLMModel(TDLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
         input_ids: (B, L) node ids z_t.
@@ -398,6 +403,10 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
     ) -> torch.Tensor:
         """One draw of the jump-conditioned estimator of the bound -> (B, H) nats per sequence and level."""
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head's layer, if it is one: quantisers keep it as it is, PEFT's `all-linear` leaves it out."""
+        return getattr(self.head, "proj", None)
+
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise `ValueError` if the model was made for another vocabulary."""
         getattr(self, self.vocabulary_module).check_tokenizer(tokenizer)
@@ -450,10 +459,9 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TDLMOutput:
         r"""
         input_ids: (B, L) node ids z_t; clean token ids when `labels` come without `timesteps`.
@@ -466,10 +474,12 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
         generator: source of the noise drawn here.
         """
         context = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
-        if labels is None:
-            return self._prediction(input_ids, timesteps, inputs_embeds, context)
         if input_ids is None:
-            raise ValueError("a loss needs input_ids: the heights of z_t are read from its node ids.")
+            raise ValueError(
+                "pass input_ids: what a position may become depends on the node there; embeddings hide it."
+            )
+        if labels is None:
+            return self._prediction(input_ids, timesteps, context)
         if timesteps is not None and timesteps.dtype in (torch.bfloat16, torch.float16):
             # Rounded so far, a time can fall into another level, where its positions have weight 0.
             raise ValueError(f"timesteps are {timesteps.dtype}; the weights of a loss need float32 or float64 times.")
@@ -487,18 +497,9 @@ class DiffusionLM(TDLMPreTrainedModel, TDLMGenerationMixin, ABC):
             attentions=outputs.attentions,
         )
 
-    def _prediction(
-        self,
-        z_t: torch.Tensor | None,
-        timesteps: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        context: dict[str, Any],
-    ) -> TDLMOutput:
-        outputs = self.model(z_t, timesteps, inputs_embeds=inputs_embeds, **context)
-        log_probs = None
-        if z_t is not None:  # embeddings do not say which nodes they are of
-            seen = self.hide_padding(outputs.last_hidden_state, z_t, context["attention_mask"])
-            log_probs = self.child_log_probs(*seen)
+    def _prediction(self, z_t: torch.Tensor, timesteps: torch.Tensor | None, context: dict[str, Any]) -> TDLMOutput:
+        outputs = self.model(z_t, timesteps, **context)
+        log_probs = self.child_log_probs(*self.hide_padding(outputs.last_hidden_state, z_t, context["attention_mask"]))
         return TDLMOutput(log_probs=log_probs, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def hide_padding(
@@ -625,9 +626,17 @@ class TDLMForDiffusionLM(DiffusionLM):
         if tree is not None:
             self.tree.load_state_dict(tree.state_dict())
 
+    @property
+    def node_embeddings(self) -> torch.Tensor:
+        """(N, D) what tied heads score with: an adapter around the embedding (LoRA) changes both of its uses."""
+        embed_nodes = self.model.embed_nodes
+        if isinstance(embed_nodes, nn.Embedding):
+            return embed_nodes.weight
+        return embed_nodes(torch.arange(self.config.num_nodes, device=self.device))
+
     def child_log_probs(self, hidden_BLD: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
         """(B, L, D) hidden states, (B, L) node ids -> (B, L, K) log-probabilities of children; -inf at leaves."""
-        return self.head.log_probs(hidden_BLD, z_t, self.tree, self.model.embed_nodes.weight)
+        return self.head.log_probs(hidden_BLD, z_t, self.tree, self.node_embeddings)
 
     def hide_padding(
         self, hidden_BLD: torch.Tensor, z_t: torch.Tensor, attention_mask: torch.Tensor | None
@@ -702,7 +711,7 @@ class TDLMForDiffusionLM(DiffusionLM):
 
         All levels of one position are scored from its one hidden state, each below the node on the true path.
         """
-        return self.head.path_nll(hidden_BLD, z_t, x_0, is_scored_HBL, self.tree, self.model.embed_nodes.weight)
+        return self.head.path_nll(hidden_BLD, z_t, x_0, is_scored_HBL, self.tree, self.node_embeddings)
 
     # ---- the bound ----
 

@@ -251,12 +251,13 @@ def test_every_canvas_of_few_steps_can_become_tokens(vocab_size, base, head_type
         output_trajectory=True,
     )
     assert output.num_forwards == 2
-    assert output.trajectory.shape == (3, 3500, 10, model.config.num_digits)
-    assert (output.trajectory[0] == base).all()
-    assert model.code.possible(output.trajectory).any(-1).all()
-    kept = output.trajectory[1] != base
-    assert torch.equal(output.trajectory[2][kept], output.trajectory[1][kept])
-    assert torch.equal(model.code.digits(output.sequences), output.trajectory[2])
+    trajectory = torch.stack(output.trajectory)
+    assert trajectory.shape == (3, 3500, 10, model.config.num_digits)
+    assert (trajectory[0] == base).all()
+    assert model.code.possible(trajectory).any(-1).all()
+    kept = trajectory[1] != base
+    assert torch.equal(trajectory[2][kept], trajectory[1][kept])
+    assert torch.equal(model.code.digits(output.sequences), trajectory[2])
 
 
 def test_digits_drawn_in_ignorance_of_each_other_would_spell_no_token(monkeypatch):

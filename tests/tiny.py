@@ -186,9 +186,12 @@ class Recorder:
     """A streamer that keeps what it is shown."""
 
     def __init__(self):
-        self.canvases, self.ended = [], False
+        self.canvases, self.confirmed, self.ended = [], [], False
 
     def put(self, value):
+        self.confirmed.append(value)
+
+    def put_draft(self, value):
         self.canvases.append(value)
 
     def end(self):

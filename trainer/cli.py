@@ -180,6 +180,9 @@ class _StepProgress(BaseStreamer):
     bar: tqdm | None = None
 
     def put(self, value):
+        pass
+
+    def put_draft(self, value):
         if self.bar is None:
             self.bar = tqdm(desc="Denoising", unit=" steps", file=sys.stderr)
         self.bar.update()

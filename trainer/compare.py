@@ -509,7 +509,9 @@ def _generate(model: Any, spec: RunSpec, settings: dict[str, Any], eos_token_id:
     for start in range(0, spec.num_samples, batch):
         count = min(batch, spec.num_samples - start)
         if KINDS[spec.kind].is_diffusion:
-            ids = model.generate(num_return_sequences=count, max_new_tokens=spec.max_new_tokens, **settings)
+            # Past an end of text too: every model's samples are equally long.
+            settings = {"max_new_tokens": spec.max_new_tokens, "eos_token_id": None, **settings}
+            ids = model.generate(num_return_sequences=count, **settings)
         else:
             ids = sample_causal(model, count, spec.max_new_tokens, eos_token_id, **settings)
         batches.append(ids)

@@ -223,7 +223,7 @@ def generate_samples(model_folder: Path, seed: int) -> tuple[list[dict[str, str]
     samples += [
         {"prompt": PROMPT, "text": text} for text in tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
     ]
-    return samples, {"ids": output.trajectory[:, 0], "timesteps": output.timesteps.tolist()}
+    return samples, {"ids": torch.stack(output.trajectory)[:, 0], "timesteps": output.timesteps}
 
 
 def _format_samples(samples: list[dict[str, str]]) -> str:
