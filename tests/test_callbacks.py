@@ -39,7 +39,6 @@ def make_trainer(folder, tokenizer, report_to=(), callbacks=(), **options):
     )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's and protobuf's own
 def test_losses_by_level_and_sample_text_arrive_in_tensorboard(tokenizer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

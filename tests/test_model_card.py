@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, metadata_load
 from test_remote_code import in_a_stranger
 from tiny import tiny_model
 from tiny_prime import prime_model
+from transformers import AutoModelForCausalLM
 
 from tdlm import VocabTree
 from tdlm.tokenization import train_tokenizer
@@ -300,6 +301,23 @@ def test_a_checkpoint_is_pushed_with_its_code_and_card(trained, tmp_path, monkey
     trainer._push_from_checkpoint(str(folder / "checkpoint-4"))
     (names,) = pushed
     assert {"README.md", "modeling_tdlm.py", "configuration_tdlm.py", "config.json", "tokenizer.json"} <= names
+
+
+# PEFT 0.21 asks transformers 5.23 for the name that an attribute had before.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_s_card_is_ours_with_what_peft_adds(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra peft")
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = make_trainer(tmp_path / "adapter", tokenizer, model, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", str(tmp_path / "base"))
+    assert {"tdlm", "custom_code", "lora"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_value == trainer.evaluations["eval", 1]["nelbo"]
+    assert "Trained further from the checkpoint `base`." in " ".join(card.text.split())
 
 
 def test_the_hub_s_name_of_the_model_stands_in_its_snippet(trained, tokenizer, tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ def test_the_wheel_runs(clean_python, tmp_path):
         "assert os.path.getsize(corpus_file('train')) > 1_000_000\n"
         "tree = tdlm.VocabTree.random(50, 4, seed=0)\n"
         "model = tdlm.TDLMForDiffusionLM(tdlm.TDLMConfig.for_tree(tree, 'tiny'), tree)\n"
+        "from tdlm.trainer import create_model_card\n"
+        "assert '## Use' in create_model_card(model).text\n"
         "print(tdlm.__file__, model.generate(max_new_tokens=3).shape)\n"
     )
     printed = run(str(clean_python), "-c", code, cwd=tmp_path)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tdlm.trainer.quickstart import BATCH_SIZE, run_quickstart
@@ -40,6 +41,9 @@ def test_the_checkpoint_is_whole_and_the_report_is_one_page(outcome):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     model.tree.check_tokenizer(AutoTokenizer.from_pretrained(folder / "model"))
     assert model.tree.nodes_per_height == [4096, 64, 1]
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert card.data.eval_results[0].metric_value == outcome[1]["tdlm"]["nelbo"]
+    assert "tdlm quickstart --max-steps 6 --seed 0" in card.text
     assert (folder / "samples.txt").read_text().count("---\n") == 6
     page = (folder / "report.html").read_text()
     assert "loss_level_1" in page

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import metadata_load
+from huggingface_hub import ModelCard, metadata_load
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -216,10 +216,13 @@ class TDLMTrainer(Trainer):
         details = self.card_details
         model_name = details.model_name or Path(self.args.output_dir).resolve().name
         details = replace(details, model_name=model_name, model_id=details.model_id or self.hub_model_id)
-        model = base_model(self.model)
-        create_model_card(model, self.processing_class, details, self).save(folder / "README.md")
+        card = create_model_card(base_model(self.model), self.processing_class, details, self)
+        card.save(folder / "README.md")
         if hasattr(self.model, "create_or_update_model_card"):  # an adapter: PEFT names its base and library
             self.model.create_or_update_model_card(str(folder))
+            updated = ModelCard.load(folder / "README.md")
+            updated.data["tags"] = [*card.data["tags"], *updated.data.get("tags", [])]  # it puts its own in their place
+            updated.save(folder / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer pushes the output folder with the checkpoint's weights and configuration, but not its code.
