@@ -1,13 +1,16 @@
 """tdlm: tree-structured diffusion language models for Hugging Face transformers (arXiv 2604.03537)."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mdm_prime import MDMPrimeConfig
 from .configuration_tdlm import TDLMConfig
 from .generation_tdlm import TDLMGenerateOutput, TDLMGenerationConfig
 from .modeling_mdm_prime import MDMPrimeForDiffusionLM, MDMPrimeModel
 from .modeling_tdlm import TDLMForDiffusionLM, TDLMModel, TDLMNelboOutput, TDLMOutput
+from .pipeline_tdlm import TDLMInfillingPipeline
 from .process_tdlm import ConcurrentLaw, DirectLaw, HeightLaw, SequentialLaw
+from .streamer_tdlm import TreeTextStreamer
 from .vocab_tree_tdlm import VocabTree
 
 __version__ = "0.1.0"
@@ -28,6 +31,8 @@ MDMPrimeConfig.register_for_auto_class()
 MDMPrimeModel.register_for_auto_class("AutoModel")
 MDMPrimeForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
 
+PIPELINE_REGISTRY.register_pipeline("infilling", TDLMInfillingPipeline, pt_model=AutoModelForCausalLM)
+
 __all__ = [
     "ConcurrentLaw",
     "DirectLaw",
@@ -40,8 +45,10 @@ __all__ = [
     "TDLMForDiffusionLM",
     "TDLMGenerateOutput",
     "TDLMGenerationConfig",
+    "TDLMInfillingPipeline",
     "TDLMModel",
     "TDLMNelboOutput",
     "TDLMOutput",
+    "TreeTextStreamer",
     "VocabTree",
 ]

@@ -123,9 +123,16 @@ class TDLMGenerationMixin:
     tree: VocabTree
     law: HeightLaw
     head: Any
-    node_embeddings: torch.Tensor
     one_per_unit: Callable[[torch.Tensor], torch.Tensor]
     generation_config: Any
+
+    @property
+    def node_embeddings(self) -> torch.Tensor:
+        """(N, D) what tied heads score with: an adapter around the embedding (LoRA) changes both of its uses."""
+        embed_nodes = self.model.embed_nodes
+        if isinstance(embed_nodes, torch.nn.Embedding):
+            return embed_nodes.weight
+        return embed_nodes(torch.arange(self.config.num_nodes, device=self.device))
 
     @torch.no_grad()
     def generate(
@@ -221,7 +228,7 @@ class TDLMGenerationMixin:
         canvas: torch.Tensor,
         times: list[float],
         context: dict[str, Any],
-        pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        pick: Callable[..., torch.Tensor],
         generator: torch.Generator | None,
         show: Callable[[torch.Tensor], None],
     ) -> tuple[torch.Tensor, int]:
@@ -257,7 +264,7 @@ class TDLMGenerationMixin:
         heights: torch.Tensor,
         goal: torch.Tensor,
         hidden_BLD: torch.Tensor,
-        pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        pick: Callable[..., torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One jump of every position above its goal, child by child, all from one hidden state."""
         for _ in range(self.law.longest_jump):
@@ -546,6 +553,7 @@ class _EndFinder:
         is_behind = torch.arange(self.new_ids.shape[1], device=self.new_ids.device) >= self.lengths[:, None]
         if not bool(is_behind.any()):
             return self.new_ids
+        assert self.pad_id is not None, "what ends sequences also gives the padding"
         return self.new_ids.masked_fill(is_behind, self.pad_id)[:, : int(self.lengths.max())]
 
     def _is_eos(self, ids: torch.Tensor) -> torch.Tensor:
@@ -559,16 +567,16 @@ class _EndFinder:
 
     def _stop_lengths(self, new_ids: torch.Tensor) -> torch.Tensor:
         """-> (B,) tokens up to and with the one that completes the first stop string."""
-        lengths = [
-            bisect.bisect_left(range(len(row) + 1), True, key=lambda n, row=row: self._has_stop(row[:n]))
-            for row in (new_ids.tolist() if self.stop_strings else [])
-        ]
-        lengths = [min(length, new_ids.shape[1]) for length in lengths] or [new_ids.shape[1]] * len(new_ids)
-        return torch.tensor(lengths, device=new_ids.device)
+        if not self.stop_strings:
+            return torch.full_like(new_ids[:, 0], new_ids.shape[1])
+        return torch.tensor([self._stop_length(row) for row in new_ids.tolist()], device=new_ids.device)
 
-    def _has_stop(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids)
-        return any(stop in text for stop in self.stop_strings)
+    def _stop_length(self, ids: list[int]) -> int:
+        def stops(length: int) -> bool:
+            text = self.tokenizer.decode(ids[:length])
+            return any(stop in text for stop in self.stop_strings)
+
+        return min(bisect.bisect_left(range(len(ids) + 1), True, key=stops), len(ids))
 
 
 def warpers(config: TDLMGenerationConfig) -> LogitsProcessorList:

@@ -394,7 +394,7 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
         canvas: torch.Tensor,
         times: list[float],
         context: dict[str, Any],
-        pick: Callable[[torch.Tensor], torch.Tensor],
+        pick: Callable[..., torch.Tensor],
         generator: torch.Generator | None,
         show: Callable[[torch.Tensor], None],
     ) -> tuple[torch.Tensor, int]:
@@ -415,7 +415,7 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
         canvas: torch.Tensor,
         jumps: torch.Tensor,
         hidden_BLD: torch.Tensor,
-        pick: Callable[[torch.Tensor], torch.Tensor],
+        pick: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
         """Draw the digits that jump, those of one token one after another, each in sight of what has been drawn."""
         (position_R,) = jumps.any(-1).flatten().nonzero(as_tuple=True)

@@ -626,14 +626,6 @@ class TDLMForDiffusionLM(DiffusionLM):
         if tree is not None:
             self.tree.load_state_dict(tree.state_dict())
 
-    @property
-    def node_embeddings(self) -> torch.Tensor:
-        """(N, D) what tied heads score with: an adapter around the embedding (LoRA) changes both of its uses."""
-        embed_nodes = self.model.embed_nodes
-        if isinstance(embed_nodes, nn.Embedding):
-            return embed_nodes.weight
-        return embed_nodes(torch.arange(self.config.num_nodes, device=self.device))
-
     def child_log_probs(self, hidden_BLD: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
         """(B, L, D) hidden states, (B, L) node ids -> (B, L, K) log-probabilities of children; -inf at leaves."""
         return self.head.log_probs(hidden_BLD, z_t, self.tree, self.node_embeddings)

@@ -22,8 +22,8 @@ class TDLMInfillingPipeline(Pipeline):
 
     A text is a string with `[BLANK:n]` marks, or a dictionary: `text`, `spans` as (start, end) offsets of characters to
     replace, and how many tokens to replace each with, `lengths` (default: as many as it has). Several texts make a
-    list. The text around the blanks is never changed. What is generated is asked for as in `generate`, by
-    `num_denoising_steps`, `temperature`, `suppress_tokens`, `generator` and so on; `num_return_sequences` gives several.
+    list. The text around the blanks is never changed. Any argument of `generate` may be given: `num_denoising_steps`,
+    `temperature`, `suppress_tokens`, `generator`; with `num_return_sequences` there are several results a text.
 
     Returns, for each text, `{"text": ..., "fills": [one string a blank]}`, or a list of them.
     """

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.generation.streamers import BaseStreamer
 
+from tdlm.streamer_tdlm import TreeTextStreamer
 from tdlm.tokenization import build_tree, file_embeddings, format_statistics, tree_outline, tree_statistics
 from tdlm.trainer.compare import run_compare
 from tdlm.trainer.comparison import recipes
@@ -149,7 +150,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         input_ids=prompt.get("input_ids"),
         num_return_sequences=args.num_samples,
         generator=torch.Generator(model.device).manual_seed(args.seed),
-        streamer=_StepProgress(),
+        streamer=_tree_view(args, model, tokenizer) if args.watch else _StepProgress(),
         **{name: value for name, value in settings.items() if value is not None},
     )
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
@@ -172,6 +173,14 @@ def _first_comment(path: Path) -> str:
 
 def quickstart(args: argparse.Namespace) -> dict[str, Any]:
     return run_quickstart(args.output, max_steps=args.max_steps, seed=args.seed)
+
+
+def _tree_view(args: argparse.Namespace, model: Any, tokenizer: Any) -> TreeTextStreamer:
+    if args.num_samples != 1:
+        raise ValueError(f"--watch shows one sample at a time, not --num-samples {args.num_samples}.")
+    if model.config.model_type != "tdlm":
+        raise ValueError(f"--watch shows the nodes of a tree; a {model.config.model_type} model has none.")
+    return TreeTextStreamer(tokenizer, model.tree, sleep_time=0.05)
 
 
 class _StepProgress(BaseStreamer):
@@ -266,6 +275,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--num-steps", type=int, help="denoising steps (default: one a new token)")
     command.add_argument("--temperature", type=float)
     command.add_argument("--top-k", type=int, help="keep the k best children of a node")
+    command.add_argument("--watch", action="store_true", help="show the draft: root _, clusters <word>, words")
     command.add_argument("--top-p", type=float, help="keep the best children up to this mass")
 
     _add_compare_command(commands)
