@@ -4,13 +4,16 @@ BIN := $(VENV)/bin
 # Threads that wait asleep: spinning ones crawl where another program uses a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test matrix lint install clean
 
 quickstart: install ## train a small model and its flat twin, generate, write runs/quickstart/report.html
 	$(BIN)/tdlm quickstart --output runs/quickstart
 
 test: lint ## everything that CI runs
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+matrix: install ## oldest and newest transformers: train, save, load, load as remote code, generate
+	$(BIN)/python tests/matrix.py
 
 lint: install
 	$(BIN)/ruff check .

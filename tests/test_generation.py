@@ -146,6 +146,20 @@ def test_left_and_right_padding_give_the_same_continuation():
     assert plain.shape == (1, 8)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unequal_prompts_padded_on_either_side_go_on_as_alone(side):
+    model = tiny_model(VocabTree.random(50, 4, seed=0))
+    prompts, options = [[7, 8, 9], [3], [11, 12, 13, 14, 15]], {"max_new_tokens": 4, "do_sample": False}
+    alone = [_jumps_at_once(model, torch.tensor([prompt]), options)[0].tolist() for prompt in prompts]
+    width = max(map(len, prompts))
+    pads = [[0] * (width - len(prompt)) for prompt in prompts]
+    both = [pad + row if side == "left" else row + pad for pad, row in zip(pads, prompts, strict=True)]
+    ones = [[1] * len(prompt) for prompt in prompts]
+    mask = [pad + row if side == "left" else row + pad for pad, row in zip(pads, ones, strict=True)]
+    together = _generate_padded(model, torch.tensor(both), torch.tensor(mask), options)
+    assert together[:, :width].tolist() == both and together[:, width:].tolist() == alone
+
+
 def _generate_padded(model, prompt, mask, options):
     return model.generate(prompt, attention_mask=mask, **{**options, "num_denoising_steps": 3})
 

@@ -157,13 +157,14 @@ def test_evaluation_neither_sees_nor_scores_padding(tree):
         model(input_ids=x, labels=x, timesteps=torch.zeros(2, dtype=torch.bfloat16))
 
 
-def test_the_nelbo_reports_its_monte_carlo_error(tree):
+def test_the_nelbo_reports_its_monte_carlo_error_and_repeats_with_its_seed(tree):
     model = tiny_model(tree)
     x = torch.randint(0, 50, (2, 6), generator=seeded())
     few, many = (model.nelbo(x, num_samples=n, generator=seeded(n)) for n in (10, 1000))
     assert (many.standard_error < few.standard_error).all()
     assert ((few.nelbo - many.nelbo).abs() < 5 * (few.standard_error + many.standard_error)).all()
     torch.testing.assert_close(many.level_nelbo.sum(1), many.nelbo)
+    assert torch.equal(model.nelbo(x, num_samples=10, generator=seeded(10)).nelbo, few.nelbo)
     assert model.nelbo(x).standard_error.isnan().all()
 
 
