@@ -22,6 +22,7 @@ import transformers
 # Of the archives on the package index, for the versions that our tests run with.
 SHA256 = {
     "5.14.0": "9e1a2b345c195d216afd10082394b915a82e339fa09e9013c32094ff835ca9db",
+    "5.17.0": "a153be279169b55b92d8000bf4af294aed684503d091cca7804da2dd8a9de000",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
 }
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdlm" / "tests"
