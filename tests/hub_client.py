@@ -3,9 +3,12 @@
 Nothing here may import tdlm at the top: one client is a stranger, in whose process importing it fails.
 """
 
+import contextlib
 import hashlib
+import io
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
@@ -89,6 +92,16 @@ def use_every_auto_class(name: str, **kwargs: Any) -> tuple[list[str], str]:
     prompt = tokenizer("some words", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=4, num_denoising_steps=4)
     return [type(part).__name__ for part in (config, backbone, model)], tokenizer.decode(ids[0])
+
+
+def run_snippet_of_card(repo_id: str) -> str:
+    """The card's Python, as it stands there -> what it printed."""
+    code = re.search(r"```python\n(.*?)```", ModelCard.load(repo_id).text, flags=re.DOTALL)
+    assert code is not None
+    assert f'"{repo_id}"' in code[1]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code[1], {})
+    return printed.getvalue()
 
 
 def pull(repo_id: str, **kwargs: Any) -> str:

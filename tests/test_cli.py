@@ -115,6 +115,15 @@ def test_generate_prints_samples(trained, capsys):
     assert "--- sample 2 of 2, seed 0 ---\nthe cat" in capsys.readouterr().out
 
 
+def test_watch_shows_the_draft_go_down_the_tree(trained, capsys):
+    arguments = ["generate", str(trained), "--max-new-tokens", "4", "--device", "cpu", "--watch"]
+    assert main([*arguments, "--prompt", "the cat"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("the") and " <" in shown and " _" in shown and "--- sample 1 of 1, seed 0 ---" in shown
+    assert main([*arguments, "--num-samples", "2"]) == 2
+    assert "--watch shows one sample at a time, not --num-samples 2" in capsys.readouterr().err
+
+
 def test_tree_build_show_and_stats(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "e.npy", rng.normal(size=(60, 5)).astype(np.float32))

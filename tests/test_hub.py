@@ -326,6 +326,8 @@ def test_every_push_of_the_trainer_is_all_that_a_stranger_needs(hub, owner, stra
         assert not [path for path in commit.files if path.startswith("checkpoint-")]
         classes, _ = stranger.run(hub_client.use_every_auto_class, "acme/trained", revision=commit.oid, **TRUST)
         assert classes == ["TDLMConfig", "TDLMModel", "TDLMForDiffusionLM"]
+    printed = stranger.run(hub_client.run_snippet_of_card, "acme/trained")
+    assert "tensor([" in printed  # the bound
 
 
 def test_the_client_asked_for_nothing_that_this_hub_does_not_know(hub, commit):
