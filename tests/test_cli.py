@@ -87,6 +87,9 @@ def test_every_kind_of_model_is_trained_evaluated_and_sampled(fields, corpus, tm
     assert 0 < result["nelbo"] < 20 and result["ppl"] == pytest.approx(np.exp(result["nelbo"]))
     texts = run_json(capsys, "generate", str(tmp_path / "model"), "--prompt", "the", "--num-samples", "2")["texts"]
     assert len(texts) == 2 and all(text.startswith("the") for text in texts)
+    has_tree = fields.get("model_type") != "mdm_prime"
+    assert main(["generate", str(tmp_path / "model"), "--max-new-tokens", "3", "--watch"]) == (0 if has_tree else 2)
+    assert has_tree or "mdm_prime models have none" in capsys.readouterr().err
 
 
 def test_train_streams(trained, corpus, tmp_path, capsys):

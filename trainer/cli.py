@@ -179,7 +179,7 @@ def _tree_view(args: argparse.Namespace, model: Any, tokenizer: Any) -> TreeText
     if args.num_samples != 1:
         raise ValueError(f"--watch shows one sample at a time, not --num-samples {args.num_samples}.")
     if model.config.model_type != "tdlm":
-        raise ValueError(f"--watch shows the nodes of a tree; a {model.config.model_type} model has none.")
+        raise ValueError(f"--watch shows the nodes of a tree; {model.config.model_type} models have none.")
     return TreeTextStreamer(tokenizer, model.tree, sleep_time=0.05)
 
 
