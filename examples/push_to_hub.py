@@ -30,9 +30,8 @@ def main(argv=None):
 
     create_repo(args.repo_id, private=args.private, exist_ok=True)
     if not file_exists(args.repo_id, "README.md"):  # pushing a model keeps the card that is there
-        create_model_card(model, tokenizer, CardDetails(model_id=args.repo_id, license=args.license)).push_to_hub(
-            args.repo_id
-        )
+        card = create_model_card(model, tokenizer, CardDetails(model_id=args.repo_id, license=args.license))
+        card.push_to_hub(args.repo_id, commit_message="Upload model card")
     commit = model.push_to_hub(args.repo_id, tokenizer=tokenizer)
     print(f"Pushed to {commit.commit_url}")
 

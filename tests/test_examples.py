@@ -133,7 +133,7 @@ def test_a_prompt_gets_a_response_after_training_on_the_novels_dialogues(pretrai
     pairs, before, after = re.search(
         r"^(\d+) of .*nats per token: ([\d.]+) before, ([\d.]+) after", printed, re.DOTALL | re.MULTILINE
     ).groups()
-    assert int(pairs) > 100 and before != after
+    assert int(pairs) > 50 and before != after
     assert "user: Who is there?\nassistant: " in printed
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -211,7 +211,7 @@ def test_a_checkpoint_is_pushed_in_one_commit_and_loaded_back_by_it(pretrained, 
         repository = hub.repositories["acme/novels"]
         commit = repository.commits[-1]
         card = hub.object_path(commit.files["README.md"].oid).read_text()
-    assert [commit.title for commit in repository.commits] == ["initial commit", "Upload README.md", "Upload model"]
+    assert [commit.title for commit in repository.commits] == ["initial commit", "Upload model card", "Upload model"]
     assert f"Loaded revision {commit.oid}: the same weights" in process.stdout and repository.private
     assert {"model.safetensors", "tokenizer.json", "modeling_tdlm.py", "generation_config.json"} <= set(commit.files)
     assert 'repo = "acme/novels"' in card and "license: apache-2.0" in card
