@@ -88,6 +88,7 @@ def main(argv=None):
     before = trainer.evaluate()["eval_nelbo"]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_nelbo"]
+    # The end-of-text that fills a response up counts too, and is easy: no figure to compare between lengths.
     print(f"NELBO of held-out responses given their prompts, nats per token: {before:.3f} before, {after:.3f} after")
     trainer.save_model()
 
