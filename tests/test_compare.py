@@ -499,7 +499,7 @@ def changed(path: str, value):
         ("models.direct.generation", [{"steps_per_level": [2, 2]}], "models.direct: .*only the sequential law goes"),
         ("models.direct.generation", [{"num_beams": 4}], "models.direct: .*num_beams"),
         ("models.ar.generation", [{"num_denoising_steps": 4}], r"models.ar: generation sets \['num_denoising_steps'\]"),
-        ("generative.max_new_tokens", 17, "models.direct: .* must fit in the context of 16"),
+        ("generative.max_new_tokens", 17, r"generative.max_new_tokens=17 is more than the context of 16"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(settings, tmp_path, monkeypatch, path, value, message):
@@ -520,7 +520,7 @@ def test_a_matched_model_has_no_depth_of_its_own(settings):
 def test_a_long_autoregressive_sample_is_refused(settings, tmp_path):
     comparison = parse_comparison({**settings, "models": {"ar": MODELS["ar"]}})
     longer = dataclasses.replace(comparison, generative=dataclasses.replace(comparison.generative, max_new_tokens=17))
-    with pytest.raises(ValueError, match=r"models.ar: max_new_tokens=17 is more than the context of 16"):
+    with pytest.raises(ValueError, match=r"models.ar: generative.max_new_tokens=17 is more than the context of 16"):
         longer.check(str(tmp_path))
 
 

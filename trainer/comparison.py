@@ -139,8 +139,11 @@ class Comparison:
         TDLMTrainingArguments(output_dir=output, **self.training_settings(model, seed=0))
         with torch.device("meta"):
             untrained = kind.model(config, None)
+        length, limit = self.generative.max_new_tokens, self.backbone["max_position_embeddings"]
+        if length > limit:
+            raise ValueError(f"generative.max_new_tokens={length} is more than the context of {limit}. Lower it.")
         for settings in self.generation_settings(model):
-            kind.check_generation(untrained, self.generative.max_new_tokens, settings)
+            kind.check_generation(untrained, length, settings)
 
 
 # ---- kinds of models ----
@@ -193,16 +196,13 @@ def _check_fields(fields: dict[str, Any], config_class: type) -> None:
 
 def _check_diffusion_generation(model: Any, max_new_tokens: int, settings: dict[str, Any]) -> None:
     config = model._prepare_generation_config(TDLMGenerationConfig(), {"max_new_tokens": max_new_tokens, **settings})
-    model._sampling_times(model._num_new_tokens(0, config), config)
+    model._sampling_times(max_new_tokens, config)
 
 
 def _check_causal_generation(model: Any, max_new_tokens: int, settings: dict[str, Any]) -> None:
     unknown = sorted(set(settings) - {"temperature", "top_k", "top_p"})
     if unknown:
         raise ValueError(f"generation sets {unknown}; an autoregressive model has temperature, top_k and top_p.")
-    limit = model.config.max_position_embeddings - 1
-    if max_new_tokens > limit:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is more than the context of {limit}. Lower it.")
 
 
 KINDS = {
