@@ -126,7 +126,7 @@ def _sets_by_position(allowed_tokens: Sequence | None, num_given: int, num_new: 
     if len(allowed_tokens) != num_new:
         raise ValueError(
             f"allowed_tokens has sets for {len(allowed_tokens)} positions, and there are {num_new} new ones. Pass one "
-            "set a new position (None: any token), or one list of token ids for all."
+            "set a new position (None: any token), or one list of token ids for all, which also holds for blanks."
         )
     return [None] * num_given + list(allowed_tokens)
 

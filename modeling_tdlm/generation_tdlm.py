@@ -38,7 +38,14 @@ SUPPORTED = {
     *("suppress_tokens", "allowed_tokens", "stop_strings"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"),
 }
-ASKS_FOR_NOTHING: tuple = (None, False, 0, 1, "", [], {})
+EXCLUSIVE = (("num_denoising_steps", "steps_per_level"), ("max_new_tokens", "max_length"))
+# What other fields may say all the same: nothing.
+NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p"), 1.0),
+    **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff", "min_p"), 0.0),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+}
 
 
 class TDLMGenerationConfig(GenerationConfig):
@@ -78,12 +85,14 @@ class TDLMGenerationConfig(GenerationConfig):
                 "not both."
             )
         for name, value in vars(self).items():
-            asks = value is True or value not in ASKS_FOR_NOTHING  # True equals 1
-            if asks and name not in SUPPORTED and not name.startswith("_"):
+            says_nothing = value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(name)
+            if not says_nothing and name not in SUPPORTED and not name.startswith("_"):
                 raise ValueError(f"{name}={value!r} is not supported by diffusion generation. Leave it out.")
         for name in ("num_denoising_steps", "num_return_sequences", "max_new_tokens", "max_length", "block_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0, which keeps every child.")
 
     @classmethod
     def from_model_config(cls, model_config) -> "TDLMGenerationConfig":
@@ -159,27 +168,36 @@ class TDLMGenerationMixin:
                 is on both sides. Nothing is then appended unless `max_new_tokens` says so.
             generator: source of randomness, on the model's device or the CPU.
             streamer: gets the prompt (`put`), the (B, L) canvas of node ids after every step (`put_draft`, if it has
-                one), the new tokens of each block (`put`), and `end`.
-            tokenizer: needed for `stop_strings`.
+                one; of MDM-Prime tokens, and `vocab_size` where digits are missing), the new tokens of each block up to
+                the sequence's end (`put`), and `end`.
+            tokenizer: needed for `stop_strings`, which are looked for in the new tokens.
 
         Returns:
             (B * num_return_sequences, P + new) token ids, or a [`TDLMGenerateOutput`] with `return_dict_in_generate`.
         """
-        config = self._prepare_generation_config(generation_config, kwargs)
+        if infill_mask is not None:  # a saved default would append to every text
+            kwargs = {"max_new_tokens": None, **kwargs}
+        config = self._merged_generation_config(generation_config, kwargs)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, config)
         holes = self._prepare_holes(infill_mask, input_ids, attention_mask, config)
         num_given = input_ids.shape[1]
         num_new = self._num_new_tokens(num_given, config, is_infilling=holes is not None)
         blocks = self._blocks(num_given, num_new, config)
+        outgrows = num_given + num_new > self.config.max_position_embeddings
+        if outgrows and bool((attention_mask.diff(dim=1) < 0).any()):
+            raise ValueError(
+                f"{num_given} tokens with padding on the right and {num_new} new ones are more than the context of "
+                f"{self.config.max_position_embeddings}: short prompts would leave it. Pad on the left "
+                "(tokenizer.padding_side = 'left')."
+            )
         finder = _EndFinder(config, tokenizer, input_ids, attention_mask)
         pick = self._child_picker(config, num_given, num_new, logits_processor, generator)
         canvas = self._absorbed_canvas(input_ids, num_new, holes)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
-        record = _Record(canvas, config, streamer, self._is_token)
-        if holes is None:
-            record.confirm(input_ids)
-        num_forwards = 0
-        for start, first_new, end in blocks:
+        record = _Record(canvas, config, streamer, self._is_token, self._draft)
+        record.confirm(input_ids if holes is None else input_ids[:, :0])
+        num_forwards, num_shown = 0, 0
+        for start, _, end in blocks:
             num_open = int((~self._is_token(canvas[:, start:end])).sum(1).max())
             times = self._sampling_times(num_open, config)
             window, forwards = self._denoise(
@@ -193,8 +211,13 @@ class TDLMGenerationMixin:
             canvas = torch.cat([canvas[:, :start], window, canvas[:, end:]], dim=1)
             num_forwards += forwards
             record.times += times[1:] if record.times else times
-            record.confirm(self._tokens(window if holes is not None else window[:, first_new - start :]))
-            if finder.all_ended(self._tokens(canvas[:, num_given:end])):
+            all_ended = finder.all_ended(self._tokens(canvas[:, num_given:end]))
+            if holes is not None and num_shown == 0:
+                record.confirm(self._tokens(canvas[:, :num_given]))
+            new_ids = finder.trimmed()
+            record.confirm(new_ids[:, num_shown:])
+            num_shown = new_ids.shape[1]
+            if all_ended:
                 break
         sequences = torch.cat([self._tokens(canvas[:, :num_given]), finder.trimmed()], dim=1)
         return record.output(sequences, num_forwards)
@@ -215,6 +238,10 @@ class TDLMGenerationMixin:
 
     def _tokens(self, canvas: torch.Tensor) -> torch.Tensor:
         """A finished canvas -> (B, L) token ids."""
+        return canvas
+
+    def _draft(self, canvas: torch.Tensor) -> torch.Tensor:
+        """A canvas -> the (B, L) ids that streamers see."""
         return canvas
 
     def _is_token(self, canvas: torch.Tensor) -> torch.Tensor:
@@ -324,25 +351,23 @@ class TDLMGenerationMixin:
 
     # ---- preparing ----
 
-    def _prepare_generation_config(
+    def _merged_generation_config(
         self, generation_config: GenerationConfig | None, overrides: dict[str, Any]
     ) -> TDLMGenerationConfig:
+        """The model's settings, under those of a given config (where it says something), under the call's own."""
         settings = self.generation_config.to_dict()
-        if generation_config is not None:
-            asked = {name: value for name, value in generation_config.to_dict().items() if value is not None}
-            overrides = {**asked, **overrides}
         unknown = sorted(set(overrides) - set(settings) - set(TDLMGenerationConfig().to_dict()))
         if unknown:
             raise ValueError(f"generate() got arguments that diffusion generation does not know: {unknown}.")
-        if overrides.get("num_denoising_steps") is not None:
-            settings["steps_per_level"] = None
-        if overrides.get("steps_per_level") is not None and "num_denoising_steps" not in overrides:
-            settings["num_denoising_steps"] = None
-        if overrides.get("max_new_tokens") is not None and "max_length" not in overrides:
-            settings["max_length"] = None
-        if overrides.get("max_length") is not None and "max_new_tokens" not in overrides:
-            settings["max_new_tokens"] = None
-        return TDLMGenerationConfig.from_dict({**settings, **overrides})
+        given = {} if generation_config is None else generation_config.to_dict()
+        for layer in ({name: value for name, value in given.items() if value is not None}, overrides):
+            # Two ways of saying one thing: the later layer's counts.
+            for one, other in EXCLUSIVE:
+                for named, rival in ((one, other), (other, one)):
+                    if layer.get(named) is not None and layer.get(rival) is None:
+                        settings[rival] = None
+            settings |= {name: value.tolist() if hasattr(value, "tolist") else value for name, value in layer.items()}
+        return TDLMGenerationConfig.from_dict(settings)
 
     def _prepare_prompt(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config: TDLMGenerationConfig
@@ -406,9 +431,10 @@ class TDLMGenerationMixin:
         else:
             num_new = (context_length if config.max_length is None else config.max_length) - prompt_length
         if num_new < 1 and not is_infilling:
+            limit = f"max_length={config.max_length}" if config.max_length else f"the context of {context_length}"
             raise ValueError(
-                f"a prompt of {prompt_length} tokens leaves no room for a new one. Shorten the prompt, or set "
-                f"max_new_tokens (the context is {context_length} tokens)."
+                f"a prompt of {prompt_length} tokens leaves no room for a new one in {limit}. Shorten the prompt, or "
+                "set max_new_tokens."
             )
         if is_infilling and prompt_length + num_new > context_length:
             raise ValueError(
@@ -473,7 +499,9 @@ class _Record:
         config: TDLMGenerationConfig,
         streamer: BaseStreamer | None,
         is_token: Callable[[torch.Tensor], torch.Tensor],
+        draft: Callable[[torch.Tensor], torch.Tensor],
     ):
+        self.draft = draft
         self.return_dict = bool(config.return_dict_in_generate)
         self.streamer = streamer
         self.is_token = is_token
@@ -485,7 +513,7 @@ class _Record:
 
     def confirm(self, ids: torch.Tensor) -> None:
         """Tokens that will not change any more."""
-        if self.streamer is not None and ids.shape[1] > 0:
+        if self.streamer is not None:
             self.streamer.put(ids.cpu())
 
     def step(self, canvas: torch.Tensor, start: int, window: torch.Tensor) -> None:
@@ -500,7 +528,8 @@ class _Record:
         if self.trajectory is not None:
             self.trajectory.append(canvas)
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(canvas[:, :end])  # on its device: a copy at every step would wait for it
+            # On its device: a copy at every step would wait for it.
+            self.streamer.put_draft(self.draft(canvas[:, :end]))
 
     def output(self, sequences: torch.Tensor, num_forwards: int) -> torch.Tensor | TDLMGenerateOutput:
         if self.streamer is not None:
@@ -543,8 +572,9 @@ class _EndFinder:
         self.new_ids, self.lengths = new_ids, None
         if new_ids.shape[1] == 0 or not (self.eos_ids or self.stop_strings):
             return False
-        self.lengths = torch.minimum(self._eos_lengths(new_ids), self._stop_lengths(new_ids))
-        return bool((self.lengths < new_ids.shape[1]).all())
+        lengths = torch.minimum(self._eos_lengths(new_ids), self._stop_lengths(new_ids))
+        self.lengths = lengths.clamp(max=new_ids.shape[1])
+        return bool((lengths <= new_ids.shape[1]).all())
 
     def trimmed(self) -> torch.Tensor:
         """-> (B, n') new tokens up to each one's end, then padding, as long as the longest."""
@@ -560,15 +590,16 @@ class _EndFinder:
         return torch.isin(ids, torch.tensor(self.eos_ids, dtype=ids.dtype, device=ids.device))
 
     def _eos_lengths(self, new_ids: torch.Tensor) -> torch.Tensor:
-        """-> (B,) tokens up to and with the first end-of-text; with no text before it, it opens the sequence."""
+        """-> (B,) tokens up to and with the first end-of-text, n + 1 if there is none; with no text before it, it
+        opens the sequence."""
         is_eos = self._is_eos(new_ids)
         ends = is_eos & (self.has_text_B1 | ((~is_eos).cumsum(1) > 0))
-        return torch.where(ends.any(1), ends.int().argmax(1) + 1, new_ids.shape[1])
+        return torch.where(ends.any(1), ends.int().argmax(1) + 1, new_ids.shape[1] + 1)
 
     def _stop_lengths(self, new_ids: torch.Tensor) -> torch.Tensor:
-        """-> (B,) tokens up to and with the one that completes the first stop string."""
+        """-> (B,) tokens up to and with the one that completes the first stop string, n + 1 if none does."""
         if not self.stop_strings:
-            return torch.full_like(new_ids[:, 0], new_ids.shape[1])
+            return torch.full_like(new_ids[:, 0], new_ids.shape[1] + 1)
         return torch.tensor([self._stop_length(row) for row in new_ids.tolist()], device=new_ids.device)
 
     def _stop_length(self, ids: list[int]) -> int:
@@ -576,7 +607,7 @@ class _EndFinder:
             text = self.tokenizer.decode(ids[:length])
             return any(stop in text for stop in self.stop_strings)
 
-        return min(bisect.bisect_left(range(len(ids) + 1), True, key=stops), len(ids))
+        return bisect.bisect_left(range(len(ids) + 1), True, key=stops)
 
 
 def warpers(config: TDLMGenerationConfig) -> LogitsProcessorList:

@@ -368,6 +368,9 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
     def _tokens(self, canvas: torch.Tensor) -> torch.Tensor:
         return self.code.tokens(canvas)
 
+    def _draft(self, canvas: torch.Tensor) -> torch.Tensor:
+        return self.code.tokens(canvas).masked_fill(~self._is_token(canvas), self.config.vocab_size)
+
     def _is_token(self, canvas: torch.Tensor) -> torch.Tensor:
         return (canvas != self.code.mask_digit).all(-1)
 

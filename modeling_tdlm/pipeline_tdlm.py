@@ -34,6 +34,11 @@ class TDLMInfillingPipeline(Pipeline):
     _load_tokenizer = True
 
     def _sanitize_parameters(self, **generate_kwargs):
+        if "max_new_tokens" in generate_kwargs:
+            raise ValueError(
+                f"max_new_tokens={generate_kwargs['max_new_tokens']}: infilling appends nothing, and a blank says "
+                "itself how long it is ([BLANK:8])."
+            )
         return {}, generate_kwargs, {}
 
     def __call__(self, inputs, **kwargs):
@@ -52,6 +57,7 @@ class TDLMInfillingPipeline(Pipeline):
             is_hole += [*[False] * len(token_ids), *[True] * length]
         return {
             "input_ids": torch.tensor([rows]),
+            "attention_mask": torch.ones(1, len(rows), dtype=torch.int64),
             "infill_mask": torch.tensor([is_hole]),
             "fixed": fixed,  # type: ignore[dict-item]  # what is carried along
             "lengths": lengths,  # type: ignore[dict-item]
@@ -63,6 +69,8 @@ class TDLMInfillingPipeline(Pipeline):
             pieces = BLANK.split(input_)
             fixed, lengths = pieces[::2], [int(length) for length in pieces[1::2]]
         else:
+            if not {"text", "spans"} <= set(input_) <= {"text", "spans", "lengths"}:
+                raise ValueError(f"a text to fill in has text, spans and maybe lengths, not {sorted(input_)}.")
             fixed, lengths = self._cut_out(**input_)
         if not lengths:
             raise ValueError(f"no blank in {input_!r}. Mark where to fill in, and how much: [BLANK:8] is 8 tokens.")
@@ -89,12 +97,17 @@ class TDLMInfillingPipeline(Pipeline):
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters) -> dict[str, Any]:
         carried = {name: input_tensors.pop(name) for name in ("fixed", "lengths")}
         sequences = self.model.generate(**input_tensors, **forward_parameters)
-        sequences = getattr(sequences, "sequences", sequences)
-        return {"filled": sequences[:, input_tensors["infill_mask"][0].to(sequences.device)], **carried}
+        sequences = getattr(sequences, "sequences", sequences).cpu()
+        masks = input_tensors["infill_mask"].bool().cpu()
+        filled = [
+            copies[:, mask].tolist() for copies, mask in zip(sequences.tensor_split(len(masks)), masks, strict=True)
+        ]
+        is_batch = isinstance(carried["lengths"][0], list)  # with batch_size > 1 each entry is a list of texts'
+        return {"filled": filled if is_batch else filled[0], **carried}
 
     def postprocess(self, model_outputs: dict[str, Any], **postprocess_parameters) -> Any:
         records = [
-            self._record(model_outputs["fixed"], filled.split(model_outputs["lengths"]))
+            self._record(model_outputs["fixed"], torch.tensor(filled).split(model_outputs["lengths"]))
             for filled in model_outputs["filled"]
         ]
         return records[0] if len(records) == 1 else records

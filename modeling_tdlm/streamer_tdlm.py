@@ -44,6 +44,10 @@ class TreeTextStreamer(TextDiffusionStreamer):
         """(1, L) canvas of node ids, of which the confirmed part stands on the screen already."""
         super().put_draft(value[:, self.num_confirmed :], **kwargs)
 
+    def end(self) -> None:
+        self.num_confirmed = 0
+        super().end()
+
 
 class NodeDecoder:
     """Decodes node ids as a tokenizer does token ids."""
@@ -53,7 +57,7 @@ class NodeDecoder:
         self.tree = tree
 
     def decode(self, node_ids: torch.Tensor | list[int], **kwargs: Any) -> str:
-        node_ids = torch.as_tensor(node_ids, device=self.tree.child_ids.device)
+        node_ids = torch.as_tensor(node_ids, dtype=torch.int64, device=self.tree.child_ids.device)
         pieces: list[str] = []
         run: list[int] = []  # tokens side by side are decoded together: one letter may be several of them
         for node_id, leaf in zip(node_ids.tolist(), self.tree.first_leaf(node_ids).tolist(), strict=True):

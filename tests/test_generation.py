@@ -304,6 +304,38 @@ def test_a_block_sees_as_much_of_the_text_before_it_as_fits_in_the_context():
     assert torch.equal(seen[3], torch.cat([output[:, 16:28], roots[:, :4]], dim=1))
 
 
+def test_a_streamer_sees_what_is_returned_block_after_block(eight_leaf_tree):
+    recorder, model = Recorder(), tiny_model(eight_leaf_tree)
+    tokens = [1, 2, 3, 4, 5, 0, 6, 7]
+    output = forced(
+        model, tokens, input_ids=torch.tensor([[3]]), eos_token_id=0, block_length=3, streamer=recorder, pad_token_id=7
+    )
+    assert output.tolist() == [[3, 1, 2, 3, 4, 5, 0]]
+    assert [part.tolist() for part in recorder.confirmed] == [[[3]], [[1, 2, 3]], [[4, 5, 0]]]
+    filled = Recorder()
+    ids = torch.tensor([[1, 2, 3]])
+    output = model.generate(ids, infill_mask=ids == 2, max_new_tokens=4, block_length=2, streamer=filled)
+    assert torch.equal(torch.cat(filled.confirmed, dim=1), output) and filled.confirmed[0].shape == (1, 0)
+
+
+@pytest.mark.parametrize("end", [3, 4, 5])
+def test_an_end_at_the_edge_of_a_block_needs_no_other_block(eight_leaf_tree, end):
+    tokens = [1] * (end - 1) + [0] + [2] * (12 - end)
+    options = {"block_length": 4, "eos_token_id": 0, "return_dict_in_generate": True}
+    output = forced(tiny_model(eight_leaf_tree), tokens, **options)
+    assert output.sequences.tolist() == [tokens[:end]] and output.num_forwards == (4 if end <= 4 else 8)
+
+
+def test_the_later_of_two_ways_to_say_one_thing_counts(eight_leaf_tree):
+    model, new = tiny_model(eight_leaf_tree), TDLMGenerationConfig(max_new_tokens=3, steps_per_level=[1, 1, 1])
+    assert model.generate(generation_config=new).shape == (1, 3)
+    assert model.generate(generation_config=new, max_length=10).shape == (1, 10)
+    output = model.generate(generation_config=new, num_denoising_steps=8, return_dict_in_generate=True)
+    assert output.num_forwards == 8
+    allowed = torch.tensor([1, 2])
+    assert set(model.generate(max_new_tokens=9, allowed_tokens=allowed)[0].tolist()) <= {1, 2}
+
+
 def test_generation_stops_when_every_sequence_has_ended(eight_leaf_tree):
     output = tiny_model(eight_leaf_tree).generate(
         torch.tensor([[1], [2]]),
@@ -370,6 +402,18 @@ def test_blanks_and_a_continuation_at_once(eight_leaf_tree):
     [
         ({"num_beams": 4}, "num_beams=4 is not supported by diffusion generation"),
         ({"use_cache": True}, "use_cache=True is not supported"),
+        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size=1 is not supported"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id=0 is not supported"),
+        ({"top_k": -3}, "top_k=-3 must be at least 0"),
+        ({"input_ids": torch.tensor([[1, 2]]), "max_length": 2}, "no room for a new one in max_length=2"),
+        (
+            {
+                "input_ids": torch.ones(1, 12, dtype=torch.int64),
+                "attention_mask": torch.tensor([[1] * 6 + [0] * 6]),
+                "max_new_tokens": 8,
+            },
+            "12 tokens with padding on the right and 8 new ones are more than the context of 16",
+        ),
         ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 is not supported"),
         ({"bad_words_ids": [[1]]}, "bad_words_ids=.* is not supported"),
         ({"block_length": 0}, "block_length=0 must be at least 1"),

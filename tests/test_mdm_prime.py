@@ -292,7 +292,8 @@ def test_a_streamer_sees_every_canvas():
     recorder, model = Recorder(), prime_model(50)
     output = model.generate(max_new_tokens=4, num_denoising_steps=6, streamer=recorder, generator=seeded())
     assert len(recorder.canvases) == 6 and recorder.ended
-    assert torch.equal(model.code.tokens(recorder.canvases[-1]), output)
+    assert torch.equal(recorder.canvases[-1], output) and torch.equal(torch.cat(recorder.confirmed, 1), output)
+    assert recorder.canvases[0].shape == (1, 4) and int(recorder.canvases[0].max()) == 50  # digits are missing
 
 
 # ---- training ----

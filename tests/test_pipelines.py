@@ -137,7 +137,7 @@ def test_fixed_text_never_changes_and_lengths_are_as_asked(fill, seed):
     inputs = fill.preprocess(text)
     assert inputs["infill_mask"].sum() == sum(lengths) and inputs["lengths"] == lengths
     output = fill._forward(dict(inputs), generator=generator, num_return_sequences=2)
-    assert output["filled"].shape == (2, sum(lengths))
+    assert [len(row) for row in output["filled"]] == [sum(lengths)] * 2
     for record in fill.postprocess(output):
         rest = record["text"]
         for piece, filled in zip(fixed, [*record["fills"], ""], strict=True):
@@ -163,6 +163,22 @@ def test_several_texts_and_generation_arguments(fill):
     assert len(fill("A [BLANK:2] cat", num_return_sequences=3)) == 3
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_texts_is_filled_as_each_alone(fill, tokenizer, side, monkeypatch):
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    texts, greedy = ["The cat [BLANK:2] on", "[BLANK:3] dog", "The dog sat [BLANK:1]"], {"do_sample": False}
+    alone = [fill(text, num_denoising_steps=3, **greedy) for text in texts]
+    assert fill(texts, num_denoising_steps=3, batch_size=3, **greedy) == alone
+    several = fill(texts, batch_size=2, num_return_sequences=2)
+    assert [len(records) for records in several] == [2, 2, 2]
+    assert all(record["text"].startswith("The cat ") for record in several[0])
+
+
+def test_a_saved_number_of_new_tokens_is_not_for_infilling(fill, monkeypatch):
+    monkeypatch.setattr(fill.model.generation_config, "max_new_tokens", 5)
+    assert fill("The [BLANK:2] sat")["text"].endswith(" sat")
+
+
 def test_a_model_over_digits_fills_in_too(tokenizer):
     fill = TDLMInfillingPipeline(model=prime_model(len(tokenizer)), tokenizer=tokenizer)
     assert fill("The [BLANK:3] sat")["text"].startswith("The ")
@@ -178,11 +194,17 @@ def test_a_model_over_digits_fills_in_too(tokenizer):
         ({"text": "abc", "spans": [[0, 4]]}, "must be"),
         ({"text": "abc", "spans": [[0]]}, "must be"),
         ({"text": "abc", "spans": [[0, 1]], "lengths": [1, 2]}, "2 lengths for 1 spans"),
+        ({"text": "a [BLANK:2]"}, r"has text, spans and maybe lengths, not \['text'\]"),
     ],
 )
 def test_blanks_that_make_no_sense_are_named(fill, text, message):
     with pytest.raises(ValueError, match=message):
         fill(text)
+
+
+def test_infilling_appends_nothing(fill):
+    with pytest.raises(ValueError, match=r"max_new_tokens=3: infilling appends nothing"):
+        fill("The [BLANK:2] sat", max_new_tokens=3)
 
 
 # ---- saved and found again ----
@@ -233,11 +255,21 @@ def test_a_draft_goes_from_root_to_cluster_to_word(model, tokenizer, capsys):
     assert text.rstrip("\n") == tokenizer.decode(ids[0])
 
 
+def test_a_streamer_serves_again(model, tokenizer, capsys):
+    streamer, shown = TreeTextStreamer(tokenizer, model.tree), []
+    for _ in range(2):
+        model.generate(max_new_tokens=3, streamer=streamer, generator=torch.Generator().manual_seed(0))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and " _" in shown[0]
+
+
 @pytest.mark.parametrize("streamer", [TextStreamer, TextDiffusionStreamer])
 def test_transformers_own_streamers_work(model, tokenizer, streamer, capsys):
     prompt = tokenizer("The cat", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=6, streamer=streamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.rstrip("\n").endswith(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])[-3:])
+    ids = model.generate(max_new_tokens=3, streamer=streamer(tokenizer, skip_prompt=True))  # nothing to skip
+    assert tokenizer.decode(ids[0])[-1:] in capsys.readouterr().out
 
 
 def test_a_terminal_shows_one_sequence(model, tokenizer):

@@ -195,7 +195,7 @@ def _check_fields(fields: dict[str, Any], config_class: type) -> None:
 
 
 def _check_diffusion_generation(model: Any, max_new_tokens: int, settings: dict[str, Any]) -> None:
-    config = model._prepare_generation_config(TDLMGenerationConfig(), {"max_new_tokens": max_new_tokens, **settings})
+    config = model._merged_generation_config(TDLMGenerationConfig(), {"max_new_tokens": max_new_tokens, **settings})
     model._sampling_times(max_new_tokens, config)
 
 

@@ -266,8 +266,8 @@ MODEL_TYPES = ("tdlm", "mdm_prime")
 
 def base_model(model: Any) -> DiffusionLM:
     """The diffusion model inside PEFT or distributed wrappers, by model type: remote code has its own classes."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model = getattr(model, "module", model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(getattr(model, "config", None), "model_type", None) not in MODEL_TYPES:
         raise ValueError(f"TDLMTrainer trains models of type {' or '.join(MODEL_TYPES)}, not {type(model).__name__}.")
     return model
