@@ -260,7 +260,7 @@ def test_a_streamer_serves_again(model, tokenizer, capsys):
     for _ in range(2):
         model.generate(max_new_tokens=3, streamer=streamer, generator=torch.Generator().manual_seed(0))
         shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] and " _" in shown[0]
+    assert shown[0] == shown[1] and " <" in shown[0]
 
 
 @pytest.mark.parametrize("streamer", [TextStreamer, TextDiffusionStreamer])
