@@ -84,6 +84,11 @@ def test_counts_that_are_none_are_refused(references, tmp_path):
         metric.compute(predictions=[1.0, 1.0], references=references)
 
 
+def test_a_nelbo_that_is_no_number_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"predictions \[1\] are not finite"):
+        NelboMetric(cache_dir=str(tmp_path)).compute(predictions=[3.0, float("nan")], references=[3, 1])
+
+
 def test_no_bytes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_bytes=0 must be at least 1"):
         NelboMetric(cache_dir=str(tmp_path)).compute(predictions=[1.0], references=[1], num_bytes=0)

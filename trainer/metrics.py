@@ -58,6 +58,9 @@ class NelboMetric(evaluate.Metric):
         counts_B2[:, 0] = references
         if counts_B2[:, 0].sum() < 1 or counts_B2.min() < 0:
             raise ValueError(f"references={references} are no token counts: they must add up to at least one token.")
+        if not np.isfinite(predictions).all():
+            wrong = np.flatnonzero(~np.isfinite(predictions)).tolist()
+            raise ValueError(f"predictions {wrong} are not finite, so there is no mean over the tokens. Look at those.")
         counts_B2[0, 1] = np.nan if num_bytes is None else num_bytes
         metrics = nelbo_metrics(EvalPrediction(np.asarray(predictions), counts_B2), num_samples=1)
         del metrics["nelbo_level_0"]  # the sums come with their levels added up

@@ -255,7 +255,7 @@ def nelbo_metrics(prediction: EvalPrediction, num_samples: int) -> dict[str, flo
     metrics = {"nelbo": nelbo, "ppl": perplexity(nelbo), "num_tokens": int(num_tokens)}
     metrics |= {f"nelbo_level_{level}": float(value) for level, value in enumerate(draws_JH.mean(0))}
     if num_bytes > 0:
-        metrics |= {"bpb": nelbo * num_tokens / math.log(2) / num_bytes, "num_bytes": int(num_bytes)}
+        metrics |= {"bpb": float(nelbo * num_tokens / math.log(2) / num_bytes), "num_bytes": int(num_bytes)}
     if num_samples > 1:
         metrics["nelbo_standard_error"] = float(draws_JH.sum(1).std(ddof=1) / num_samples**0.5)
     return metrics
