@@ -36,7 +36,7 @@ VOCAB_SIZE = 4096
 BRANCHING_FACTOR = 96  # about sqrt(V) nodes of about sqrt(V) tokens, with room for uneven clusters
 BATCH_SIZE = 32
 MAX_STEPS = 1200
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 PROMPT = "It was a fine morning, and the captain"
 
 # Loaded where `tdlm` cannot be imported: the checkpoint must bring its own code.
