@@ -182,45 +182,27 @@ class TDLMGenerationMixin:
         holes = self._prepare_holes(infill_mask, input_ids, attention_mask, config)
         num_given = input_ids.shape[1]
         num_new = self._num_new_tokens(num_given, config, is_infilling=holes is not None)
-        blocks = self._blocks(num_given, num_new, config)
-        outgrows = num_given + num_new > self.config.max_position_embeddings
-        if outgrows and bool((attention_mask.diff(dim=1) < 0).any()):
-            raise ValueError(
-                f"{num_given} tokens with padding on the right and {num_new} new ones are more than the context of "
-                f"{self.config.max_position_embeddings}: short prompts would leave it. Pad on the left "
-                "(tokenizer.padding_side = 'left')."
-            )
+        blocks = self._blocks(attention_mask, num_new, config)
         finder = _EndFinder(config, tokenizer, input_ids, attention_mask)
         pick = self._child_picker(config, num_given, num_new, logits_processor, generator)
         canvas = self._absorbed_canvas(input_ids, num_new, holes)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
-        record = _Record(canvas, config, streamer, self._is_token, self._draft)
+        record = _Record(canvas, config, streamer, self._is_token, self._draft, has_blanks=holes is not None)
         record.confirm(input_ids if holes is None else input_ids[:, :0])
-        num_forwards, num_shown = 0, 0
-        for start, _, end in blocks:
-            num_open = int((~self._is_token(canvas[:, start:end])).sum(1).max())
-            times = self._sampling_times(num_open, config)
+        for start, end in blocks:
+            times = self._sampling_times(self._num_open(canvas[:, start:end]), config)
+            show = partial(record.step, canvas, start)
+            context = self._context(attention_mask[:, start:end])
             window, forwards = self._denoise(
-                canvas[:, start:end],
-                times,
-                self._context(attention_mask[:, start:end]),
-                partial(pick, start=start),
-                generator,
-                partial(record.step, canvas, start),
+                canvas[:, start:end], times, context, partial(pick, start=start), generator, show
             )
             canvas = torch.cat([canvas[:, :start], window, canvas[:, end:]], dim=1)
-            num_forwards += forwards
-            record.times += times[1:] if record.times else times
-            all_ended = finder.all_ended(self._tokens(canvas[:, num_given:end]))
-            if holes is not None and num_shown == 0:
-                record.confirm(self._tokens(canvas[:, :num_given]))
-            new_ids = finder.trimmed()
-            record.confirm(new_ids[:, num_shown:])
-            num_shown = new_ids.shape[1]
+            given, new = self._tokens(canvas[:, :end]).tensor_split([num_given], dim=1)
+            all_ended = finder.all_ended(new)
+            record.block(given, finder.trimmed(), times, forwards)
             if all_ended:
                 break
-        sequences = torch.cat([self._tokens(canvas[:, :num_given]), finder.trimmed()], dim=1)
-        return record.output(sequences, num_forwards)
+        return record.output()
 
     def _context(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, L) mask -> what every forward pass gets. Positions count what is seen, so padding shifts nothing."""
@@ -243,6 +225,10 @@ class TDLMGenerationMixin:
     def _draft(self, canvas: torch.Tensor) -> torch.Tensor:
         """A canvas -> the (B, L) ids that streamers see."""
         return canvas
+
+    def _num_open(self, canvas: torch.Tensor) -> int:
+        """The most positions that a sequence has to generate. Waits for the device, once a block."""
+        return int((~self._is_token(canvas)).sum(1).max())
 
     def _is_token(self, canvas: torch.Tensor) -> torch.Tensor:
         """A canvas -> (B, L) bool, True where a token stands."""
@@ -314,14 +300,14 @@ class TDLMGenerationMixin:
         draw = partial(
             draw_child, warpers=warpers(config), do_sample=config.do_sample is not False, generator=generator
         )
-        constraint = constrain(self.tree, num_given, num_new, config.suppress_tokens, config.allowed_tokens)
-        if constraint is None and not logits_processor:
+        if not config.suppress_tokens and config.allowed_tokens is None and not logits_processor:
             return partial(self._pick_child, draw)
         if not isinstance(self.head, ChildHead):
             raise ValueError(
-                f"suppress_tokens, allowed_tokens and logits_processor need a head that scores children one by one, "
+                "suppress_tokens, allowed_tokens and logits_processor need a head that scores children one by one, "
                 f"not head_type={self.config.head_type!r}. Leave them out."
             )
+        constraint = constrain(self.tree, num_given, num_new, config.suppress_tokens, config.allowed_tokens)
         return partial(self._pick_constrained_child, draw, constraint, logits_processor or LogitsProcessorList())
 
     def _pick_child(
@@ -443,18 +429,25 @@ class TDLMGenerationMixin:
             )
         return num_new
 
-    def _blocks(self, num_given: int, num_new: int, config: TDLMGenerationConfig) -> list[tuple[int, int, int]]:
-        """-> for each block the first position that it sees, its first new position, and its end."""
+    def _blocks(
+        self, attention_mask: torch.Tensor, num_new: int, config: TDLMGenerationConfig
+    ) -> list[tuple[int, int]]:
+        """(B, P) mask of what is given -> for each block the first position that it sees, and its end."""
+        num_given = attention_mask.shape[1]
         context_length, end = self.config.max_position_embeddings, num_given + num_new
         fits = end <= context_length
+        if not fits and bool((attention_mask.diff(dim=1) < 0).any()):
+            raise ValueError(
+                f"{num_given} tokens with padding on the right and {num_new} new ones are more than the context of "
+                f"{context_length}: short prompts would leave it. Pad on the left (tokenizer.padding_side = 'left')."
+            )
         length = config.block_length or (num_new if fits else context_length // 2)
         if length > context_length:
             raise ValueError(f"block_length={length} is more than the context of {context_length} tokens.")
         if num_new == 0:
-            return [(0, num_given, num_given)]
-        firsts = range(num_given, end, length)
-        ends = [min(first + length, end) for first in firsts]
-        return [(max(0, stop - context_length), first, stop) for first, stop in zip(firsts, ends, strict=True)]
+            return [(0, num_given)]
+        stops = [min(first + length, end) for first in range(num_given, end, length)]
+        return [(max(0, stop - context_length), stop) for stop in stops]
 
     def _sampling_times(self, num_new: int, config: TDLMGenerationConfig) -> list[float]:
         steps_per_level = config.steps_per_level
@@ -500,8 +493,10 @@ class _Record:
         streamer: BaseStreamer | None,
         is_token: Callable[[torch.Tensor], torch.Tensor],
         draft: Callable[[torch.Tensor], torch.Tensor],
+        has_blanks: bool,
     ):
         self.draft = draft
+        self.has_blanks = has_blanks
         self.return_dict = bool(config.return_dict_in_generate)
         self.streamer = streamer
         self.is_token = is_token
@@ -510,6 +505,8 @@ class _Record:
         self.is_open = ~is_token(canvas)
         self.trajectory = [canvas] if config.output_trajectory else None
         self.times: list[float] = []
+        self.num_forwards = 0
+        self.num_shown = 0
 
     def confirm(self, ids: torch.Tensor) -> None:
         """Tokens that will not change any more."""
@@ -519,6 +516,8 @@ class _Record:
     def step(self, canvas: torch.Tensor, start: int, window: torch.Tensor) -> None:
         """The canvas with a step's new window in it."""
         self.num_steps += 1
+        if not self.return_dict and self.streamer is None:
+            return
         end = start + window.shape[1]
         canvas = torch.cat([canvas[:, :start], window, canvas[:, end:]], dim=1)
         if self.return_dict:
@@ -531,13 +530,24 @@ class _Record:
             # On its device: a copy at every step would wait for it.
             self.streamer.put_draft(self.draft(canvas[:, :end]))
 
-    def output(self, sequences: torch.Tensor, num_forwards: int) -> torch.Tensor | TDLMGenerateOutput:
+    def block(self, given: torch.Tensor, new: torch.Tensor, times: list[float], num_forwards: int) -> None:
+        """(B, P) and (B, n) tokens after a block: given, their blanks filled, and new up to each sequence's end."""
+        if self.has_blanks and not self.times:
+            self.confirm(given)
+        self.confirm(new[:, self.num_shown :])
+        self.num_shown = new.shape[1]
+        self.times += times[1:] if self.times else times
+        self.num_forwards += num_forwards
+        self.sequences = torch.cat([given, new], dim=1)
+
+    def output(self) -> torch.Tensor | TDLMGenerateOutput:
+        sequences = self.sequences
         if self.streamer is not None:
             self.streamer.end()
         if not self.return_dict:
             return sequences
         length = sequences.shape[1]
-        output = TDLMGenerateOutput(sequences=sequences, num_forwards=num_forwards, order=self.order[:, :length])
+        output = TDLMGenerateOutput(sequences=sequences, num_forwards=self.num_forwards, order=self.order[:, :length])
         if self.trajectory is not None:
             output.trajectory = tuple(canvas[:, :length] for canvas in self.trajectory)
             output.timesteps = self.times

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LogitsProcessorList
 from transformers import initialization as init
 
 from .configuration_mdm_prime import MDMPrimeConfig
-from .generation_tdlm import TDLMGenerationConfig, draw_child, warpers
 from .modeling_tdlm import IGNORE_INDEX, DiffusionLM, TDLMModel
 from .process_tdlm import TRAINING_FLOOR, DirectLaw, HeightLaw, draw_uniforms
 from .vocab_tree_tdlm import OfOneTokenizer
@@ -374,23 +372,9 @@ class MDMPrimeForDiffusionLM(DiffusionLM):
     def _is_token(self, canvas: torch.Tensor) -> torch.Tensor:
         return (canvas != self.code.mask_digit).all(-1)
 
-    def _child_picker(
-        self,
-        config: TDLMGenerationConfig,
-        num_given: int,
-        num_new: int,
-        logits_processor: LogitsProcessorList | None,
-        generator: torch.Generator | None,
-    ) -> Callable[..., torch.Tensor]:
-        """-> a function of (R, K) log-probabilities of a digit's values: (R,) values."""
-        if config.suppress_tokens or config.allowed_tokens is not None or logits_processor:
-            raise ValueError(
-                "suppress_tokens, allowed_tokens and logits_processor act on the children of a tree's nodes; a model "
-                "over digits has none. Leave them out."
-            )
-        return lambda log_probs_RK, start: draw_child(
-            log_probs_RK, warpers(config), config.do_sample is not False, generator
-        )
+    def _pick_child(self, draw: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(R, K) log-probabilities of a digit's values -> (R,) values."""
+        return draw(args[0])
 
     def _denoise(
         self,

@@ -288,6 +288,11 @@ def test_greedy_top_k_and_temperature_act_on_digits():
     assert not torch.equal(model.generate(generator=seeded(1), **options), greedy)
 
 
+def test_constraints_on_tokens_are_refused():
+    with pytest.raises(ValueError, match="need a head that scores children one by one, not head_type='digit'"):
+        prime_model(50).generate(max_new_tokens=4, suppress_tokens=[1])
+
+
 def test_a_streamer_sees_every_canvas():
     recorder, model = Recorder(), prime_model(50)
     output = model.generate(max_new_tokens=4, num_denoising_steps=6, streamer=recorder, generator=seeded())
